@@ -1,0 +1,200 @@
+"""Batches as the pipeline holds them: their ids, their padded shapes, and whether somebody wrote into them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numba
+import numpy as np
+
+from jaxcache.index import mix
+from jaxcache.state import Plan
+from jaxcache.tables import Group, check_ids
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_words(words, value):
+    for word in words:
+        value = mix(value ^ word)
+    return value
+
+
+def fingerprint(leaves: list[np.ndarray]) -> int:
+    """A hash of the contents of arrays: equal unless, beyond all likelihood, something was written into them."""
+    value = np.uint64(len(leaves))
+    for leaf in leaves:
+        data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+        whole = len(data) // 8 * 8
+        value = _hash_words(data[:whole].view(np.uint64), np.uint64(value))
+        value = np.uint64(int(value) ^ zlib.crc32(data[whole:].tobytes()))
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch with its ids.
+
+    Attributes:
+        content: what the loader yielded.
+        features: names in order.
+        shapes: shape of each feature's ids, `(samples, ...)`.
+        ids: valid ids of each feature, `int64[n]`.
+        tables: position of each feature's table.
+        samples: length of the first axis.
+        held: NumPy arrays of the batch and its ids, held by reference.
+        fingerprint: of `held`, as drawn.
+    """
+
+    content: Any
+    features: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    ids: list[np.ndarray]
+    tables: list[int]
+    samples: int
+    held: list[np.ndarray]
+    fingerprint: int
+
+    @classmethod
+    def read(cls, content: Any, ids: Callable[[Any], Mapping[str, Any]], group: Group, copy: bool) -> Batch:
+        """Takes the ids out of a batch and checks them.
+
+        Raises:
+            TypeError, ValueError, KeyError: for ids that are no mapping of features to integer arrays, for unknown
+                features, ids out of range, scalars, or features of different lengths.
+        """
+        if copy:
+            content = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, content)
+        mapping = ids(content)
+        if not isinstance(mapping, Mapping) or not mapping:
+            raise TypeError(
+                f"LookAhead(ids=...) must return a mapping of feature names to ids, got {type(mapping).__name__}"
+            )
+        tables = [group.index(name) for name in mapping]
+        arrays = {name: np.asarray(value) for name, value in mapping.items()}
+        checked = [
+            check_ids(array, name, int(group.tables[table].rows))
+            for (name, array), table in zip(arrays.items(), tables, strict=True)
+        ]
+        lengths = {name: array.shape[0] if array.ndim else None for name, array in arrays.items()}
+        if None in lengths.values() or len(set(lengths.values())) > 1:
+            raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
+        held, seen = [], set()
+        for leaf in [*jax.tree.leaves(content), *mapping.values()]:
+            if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject and id(leaf) not in seen:
+                seen.add(id(leaf))
+                held.append(leaf)
+        return cls(
+            content=content,
+            features=tuple(arrays),
+            shapes=tuple(array.shape for array in arrays.values()),
+            ids=[array.reshape(-1) for array in checked],
+            tables=tables,
+            samples=next(iter(arrays.values())).shape[0],
+            held=held,
+            fingerprint=fingerprint(held),
+        )
+
+    def check_unchanged(self, number: int) -> None:
+        """Raises RuntimeError if something wrote into the batch since it was drawn."""
+        if fingerprint(self.held) != self.fingerprint:
+            raise RuntimeError(
+                f"batch {number} changed while it was held ahead: the loader writes into arrays that it has yielded. "
+                "Yield fresh arrays, or let LookAhead(copy=True) copy each batch as it is drawn"
+            )
+
+
+class Shapes:
+    """What a compiled step may rely on: the full shape of a batch and a bound on its unique rows.
+
+    Both only grow, so that the step is compiled anew a few times at most; the bound starts an eighth above the first
+    batch's unique rows and doubles.
+
+    Attributes:
+        unique_bound: the bound U.
+        growths: how often shape or bound grew after the first batch.
+    """
+
+    def __init__(self, slots: int):
+        self._slots = slots
+        self._features: tuple[str, ...] | None = None
+        self._full: tuple[tuple[int, ...], ...] = ()
+        self.unique_bound = 0
+        self.growths = 0
+
+    def fit(self, batch: Batch, unique: int) -> None:
+        """Grows to hold a batch. Raises ValueError if it has other features than those before."""
+        if self._features is None:
+            self._features, self._full = batch.features, batch.shapes
+            roomy = -(-(unique + unique // 8) // 128) * 128
+            self.unique_bound = max(unique, min(roomy, self._lookups))
+            return
+        if batch.features != self._features or any(
+            len(shape) != len(full) for shape, full in zip(batch.shapes, self._full, strict=True)
+        ):
+            raise ValueError(
+                f"every batch needs the same features in the same order: expected {self._features} with shapes like "
+                f"{self._full}, got {batch.features} with {batch.shapes}"
+            )
+        full = tuple(tuple(map(max, shape, full)) for shape, full in zip(batch.shapes, self._full, strict=True))
+        bound = self.unique_bound
+        self._full, grown = full, full != self._full
+        while bound < unique:
+            bound *= 2
+        bound = max(unique, min(bound, self._lookups))
+        self.growths += grown or bound > self.unique_bound
+        self.unique_bound = max(bound, self.unique_bound)
+
+    @property
+    def _lookups(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self._full)
+
+    def plan(
+        self, batch: Batch, inverse: np.ndarray, occurrences: np.ndarray, unique_slots: np.ndarray, step: int
+    ) -> Plan:
+        """The `Plan` of a batch, padded, as NumPy arrays. Arguments as in `planner.PlannedBatch`."""
+        bound = self.unique_bound
+        return Plan(
+            unique_slots=padded(unique_slots, bound, self._slots),
+            inverse=self._pad_lookups(batch, inverse, bound),
+            occurrences=padded(occurrences, bound, 0),
+            step=np.array(step, np.int32),
+            samples=np.array(batch.samples, np.int32),
+            shapes=tuple(zip(batch.features, self._full, strict=True)),
+        )
+
+    def _pad_lookups(self, batch: Batch, inverse: np.ndarray, filler: int) -> np.ndarray:
+        if batch.shapes == self._full:
+            return inverse
+        out = np.full(self._lookups, filler, np.int32)
+        start_in = start_out = 0
+        for shape, full in zip(batch.shapes, self._full, strict=True):
+            count, full_count = int(np.prod(shape)), int(np.prod(full))
+            region = out[start_out : start_out + full_count].reshape(full)
+            region[tuple(map(slice, shape))] = inverse[start_in : start_in + count].reshape(shape)
+            start_in, start_out = start_in + count, start_out + full_count
+        return out
+
+    def pad(self, batch: Batch) -> Any:
+        """The content of a batch; the arrays of a short one get zeros up to the full number of samples."""
+        full = self._full[0][0]
+        if batch.samples == full:
+            return batch.content
+
+        def pad_leaf(leaf):
+            if getattr(leaf, "ndim", 0) and leaf.shape[0] == batch.samples:
+                zeros = np.zeros((full - batch.samples, *leaf.shape[1:]), leaf.dtype)
+                return np.concatenate([np.asarray(leaf), zeros])
+            return leaf
+
+        return jax.tree.map(pad_leaf, batch.content)
+
+
+def padded(array: np.ndarray, size: int, filler: int) -> np.ndarray:
+    """A new `[size, ...]` array that starts with `array` and goes on with `filler`."""
+    out = np.full((size, *array.shape[1:]), filler, array.dtype)
+    out[: len(array)] = array
+    return out

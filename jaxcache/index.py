@@ -1,0 +1,100 @@
+"""An open-addressing map from 64-bit keys to small integers, for the planner and the host store.
+
+NumPy arrays and Numba functions without the GIL. The map is one `int64` array `cells` of shape `[capacity, 2]`: the key
+and the value plus one, where zero marks an empty cell. Capacity is a power of two at most half full, collisions go to
+the next cell, and removal shifts the cells behind it back, so that no tombstones are left to lengthen later probes.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+ABSENT = -1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def mix(word: np.uint64) -> np.uint64:
+    """SplitMix64's finaliser (Steele, Lea & Flood, OOPSLA 2014): a bijection whose every output bit looks random."""
+    word = np.uint64(word) + _GOLDEN
+    word = (word ^ (word >> _30)) * _FIRST
+    word = (word ^ (word >> _27)) * _SECOND
+    return word ^ (word >> _31)
+
+
+def empty(capacity: int) -> np.ndarray:
+    """Cells that hold at least `capacity` keys while half full."""
+    size = 16
+    while size < 2 * capacity:
+        size *= 2
+    return np.zeros((size, 2), np.int64)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def home(cells, key):
+    """The cell at which the search for `key` starts."""
+    return np.int64(mix(np.uint64(key)) & np.uint64(cells.shape[0] - 1))
+
+
+@numba.njit(cache=True, nogil=True)
+def find(cells, key):
+    """The value of `key`, or ABSENT."""
+    mask = cells.shape[0] - 1
+    cell = home(cells, key)
+    while cells[cell, 1] != 0:
+        if cells[cell, 0] == key:
+            return cells[cell, 1] - 1
+        cell = (cell + 1) & mask
+    return ABSENT
+
+
+@numba.njit(cache=True, nogil=True)
+def insert(cells, key, value):
+    """Adds `key`, which must be absent, to `cells`, which must have room."""
+    mask = cells.shape[0] - 1
+    cell = home(cells, key)
+    while cells[cell, 1] != 0:
+        cell = (cell + 1) & mask
+    cells[cell, 0] = key
+    cells[cell, 1] = value + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def remove(cells, key):
+    """Removes `key`, which must be present, and closes the gap that it leaves."""
+    mask = cells.shape[0] - 1
+    gap = home(cells, key)
+    while cells[gap, 0] != key or cells[gap, 1] == 0:
+        gap = (gap + 1) & mask
+    cell = gap
+    while True:
+        cell = (cell + 1) & mask
+        if cells[cell, 1] == 0:
+            break
+        # A cell may move back into the gap unless its own home lies between the gap and itself.
+        if ((cell - home(cells, cells[cell, 0])) & mask) >= ((cell - gap) & mask):
+            cells[gap, 0] = cells[cell, 0]
+            cells[gap, 1] = cells[cell, 1]
+            gap = cell
+    cells[gap, 1] = 0
+
+
+@numba.njit(cache=True, nogil=True)
+def rehash(cells, larger):
+    """Copies every key of `cells` into the empty `larger`."""
+    for cell in range(cells.shape[0]):
+        if cells[cell, 1] != 0:
+            insert(larger, cells[cell, 0], cells[cell, 1] - 1)
+
+
+def reserve(cells: np.ndarray, capacity: int) -> np.ndarray:
+    """`cells`, or a larger copy where these do not hold `capacity` keys while half full."""
+    if 2 * capacity <= cells.shape[0]:
+        return cells
+    larger = empty(capacity)
+    rehash(cells, larger)
+    return larger

@@ -1,0 +1,305 @@
+"""Row optimizers: any optax transformation that treats rows alike and apart, applied to the touched rows alone.
+
+Touching only the rows of a batch makes optimizers that move a row with zero gradient (momentum, adam, weight decay)
+their *lazy* variants: a row rests, moments included, in the steps that do not use it. Sgd and adagrad leave such a row
+alone anyway, so for them the result is that of the transformation on the whole dense table.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Scalars = tuple[Any, ...]
+
+
+class RowWiseAdagradState(NamedTuple):
+    """One accumulator a row, `float32[..., 1]`: the sum over updates of the gradient's mean square."""
+
+    accumulator: Any
+
+
+def rowwise_adagrad(
+    learning_rate: optax.ScalarOrSchedule, eps: float = 1e-8, initial_accumulator: float = 0.0
+) -> optax.GradientTransformation:
+    """Adagrad with one accumulator a row, for parameters `[dim]` or `[rows, dim]`.
+
+    The definition is FBGEMM's `EXACT_ROWWISE_ADAGRAD` (Khudia et al., arXiv 2101.05615; Duchi et al. 2011 an element):
+    with g the summed gradient of the row, `s += mean(g**2)` and `w -= learning_rate * g / (sqrt(s) + eps)`.
+
+    Args:
+        learning_rate: a number, or an optax schedule of the number of updates done.
+        eps: added to the square root of the accumulator.
+        initial_accumulator: what the accumulator of every row starts from.
+
+    >>> transformation = rowwise_adagrad(0.5)
+    >>> row = jnp.array([1.0, 1.0])
+    >>> step, _ = transformation.update(jnp.array([3.0, 1.0]), transformation.init(row))
+    >>> [round(float(x), 4) for x in step]  # mean square 5: 0.5 * 3 / sqrt(5), 0.5 * 1 / sqrt(5)
+    [-0.6708, -0.2236]
+    """
+
+    def init(parameters):
+        return RowWiseAdagradState(
+            jax.tree.map(lambda p: jnp.full((*p.shape[:-1], 1), initial_accumulator, jnp.float32), parameters)
+        )
+
+    def update(gradients, state, parameters=None):
+        del parameters
+        accumulator = jax.tree.map(lambda g, s: s + _mean_square(g.astype(jnp.float32)), gradients, state.accumulator)
+        steps = jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + eps), gradients, accumulator)
+        return steps, RowWiseAdagradState(accumulator)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
+def _mean_square(rows: jax.Array) -> jax.Array:
+    """Mean of the squares over the last axis, kept, summed by halving: one fixed order on every backend and shape."""
+    total, dim = rows * rows, rows.shape[-1]
+    while total.shape[-1] > 1:
+        half = total.shape[-1] // 2
+        paired = total[..., :half] + total[..., half : 2 * half]
+        odd = total[..., 2 * half :]
+        total = jnp.concatenate([paired, odd], axis=-1) if odd.shape[-1] else paired
+    return total / dim
+
+
+class RowOptimizer:
+    """An optax transformation taken apart for use on rows of `dim` float32 weights.
+
+    Its state falls into *row leaves*, one value a row, stored with the row; and *scalars*, one value for the table,
+    such as step counts. The transformation's arithmetic is recorded once as a jaxpr. The float constants found in it
+    (rates, decays, the constants of schedules) are lifted out as *hyperparameters* and become traced inputs, so that
+    a changed rate recompiles nothing; what is left is compared by value, so that an equal optimizer built anew
+    recompiles nothing either.
+
+    Attributes:
+        dim: weights a row.
+        row_shapes: shape and dtype of each row leaf, for one row.
+        scalars: initial values of the scalars, NumPy.
+        hyperparameters: values of the lifted constants, NumPy.
+
+    Raises:
+        ValueError: at construction, if the transformation mixes rows (clipping by global norm, lamb, adafactor,
+            `apply_if_finite`), which is found out by updating rows together and apart, or if it needs more than
+            gradients, state and parameters.
+
+    >>> RowOptimizer(optax.adam(0.1), 8) == RowOptimizer(optax.adam(0.2), 8) != RowOptimizer(optax.sgd(0.1), 8)
+    True
+    """
+
+    def __init__(self, transformation: optax.GradientTransformation, dim: int):
+        if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+            raise TypeError(f"optimizer must be an optax transformation such as optax.sgd(0.1), got {transformation!r}")
+        self.dim = dim
+        self._transformation = transformation
+        row = jax.ShapeDtypeStruct((dim,), jnp.float32)
+        # Optax computes with Python numbers and integer counts: it needs JAX's default promotions.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            self._take_apart(row)
+
+    def _take_apart(self, row):
+        transformation, dim = self._transformation, self.dim
+        try:
+            one, self._treedef = jax.tree.flatten(jax.eval_shape(transformation.init, row))
+            many, many_treedef = jax.tree.flatten(
+                jax.eval_shape(transformation.init, jax.ShapeDtypeStruct((_PROBED, dim), jnp.float32))
+            )
+        except Exception as error:
+            raise ValueError(f"the optimizer cannot start on rows of {dim} weights: {error}") from error
+        self._is_row = tuple(
+            len(stacked.shape) > 0 and stacked.shape == (_PROBED, *single.shape)
+            for single, stacked in zip(one, many, strict=False)
+        )
+        if many_treedef != self._treedef or any(
+            not is_row and leaf.shape != () for is_row, leaf in zip(self._is_row, many, strict=True)
+        ):
+            raise ValueError(
+                "the optimizer's state is neither one value a row nor one for the table (adafactor is such a one): "
+                f"its leaves for {_PROBED} rows of {dim} weights are {[leaf.shape for leaf in many]}"
+            )
+        self.row_shapes = tuple(leaf for leaf, is_row in zip(one, self._is_row, strict=True) if is_row)
+        state = transformation.init(jnp.zeros(dim, jnp.float32))
+        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+            raise ValueError("the optimizer draws random numbers, which a row would get by its place in the batch")
+        self.scalars = tuple(np.asarray(leaf) for leaf in self._split(jax.tree.leaves(state))[1])
+        try:
+            self._recorded = jax.make_jaxpr(self._update_row)(
+                row, row, self.row_shapes, tuple(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in self.scalars)
+            )
+        except Exception as error:
+            raise ValueError(f"the optimizer cannot update a row from its gradient alone: {error}") from error
+        self.hyperparameters = tuple(
+            np.asarray(value)
+            for value in [
+                *self._recorded.consts,
+                *(_value(v) for e in self._recorded.jaxpr.eqns for v in e.invars if _is_constant(v)),
+            ]
+        )
+        self._identity = (dim, str(self._treedef), self._is_row, _canonical(self._recorded))
+        self._initial = self._constant_state()
+        self._refuse_mixing()
+
+    def __eq__(self, other):
+        return isinstance(other, RowOptimizer) and self._identity == other._identity
+
+    def __hash__(self):
+        return hash(self._identity)
+
+    def __repr__(self):
+        return f"RowOptimizer(dim={self.dim}, row_leaves={len(self.row_shapes)}, scalars={len(self.scalars)})"
+
+    def _split(self, leaves):
+        rows = tuple(leaf for leaf, is_row in zip(leaves, self._is_row, strict=True) if is_row)
+        return rows, tuple(leaf for leaf, is_row in zip(leaves, self._is_row, strict=True) if not is_row)
+
+    def _join(self, rows, scalars):
+        rows, scalars = iter(rows), iter(scalars)
+        return self._treedef.unflatten([next(rows if is_row else scalars) for is_row in self._is_row])
+
+    def _update_row(self, gradient, weights, row_state, scalars):
+        steps, state = self._transformation.update(gradient, self._join(row_state, scalars), weights)
+        return weights + steps, *self._split(jax.tree.leaves(state))
+
+    def initial_state(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The row leaves, `[N, ...]` each, of untrained rows with the given `float32[N, dim]` weights."""
+        if self._initial is not None:
+            return tuple(np.tile(leaf, (len(weights),) + (1,) * leaf.ndim) for leaf in self._initial)
+        # State that starts from the weights, such as a slow copy of them. Sizes are rounded up to bound compilations.
+        padded = np.zeros((1 << max(len(weights) - 1, 15).bit_length(), self.dim), np.float32)
+        padded[: len(weights)] = weights
+        return tuple(np.array(leaf[: len(weights)]) for leaf in self._initial_rows(padded))
+
+    def _initial_rows(self, weights):
+        leaves = jax.vmap(lambda w: self._split(jax.tree.leaves(self._transformation.init(w)))[0])
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jax.jit(leaves)(weights)
+
+    def _constant_state(self):
+        """The initial row leaves of one row, where they do not depend on its weights; else None."""
+        probes = np.random.default_rng(0).normal(size=(_PROBED, self.dim)).astype(np.float32)
+        leaves = [np.asarray(leaf) for leaf in self._initial_rows(probes)]
+        if all((leaf == leaf[:1]).all() for leaf in leaves):
+            return [leaf[0] for leaf in leaves]
+        return None
+
+    def update(
+        self,
+        gradients: jax.Array,
+        weights: jax.Array,
+        row_state: tuple[jax.Array, ...],
+        scalars: Scalars,
+        hyperparameters: Scalars,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], Scalars]:
+        """Updates rows, each by itself.
+
+        Args:
+            gradients, weights: `float32[N, dim]`.
+            row_state: row leaves, `[N, ...]` each.
+            scalars, hyperparameters: 0-dimensional arrays, as `self.scalars` and `self.hyperparameters`.
+
+        Returns:
+            New weights, row leaves and scalars. The scalars advance once, whatever N is.
+        """
+
+        def one(gradient, weights, row_state):
+            return self._replay(hyperparameters, gradient, weights, row_state, scalars)
+
+        # No output of a scalar may depend on a row: vmap itself refuses that.
+        return jax.vmap(one, out_axes=(0, 0, None))(gradients, weights, row_state)
+
+    def _replay(self, hyperparameters, *arguments):
+        """Evaluates the recorded jaxpr with `hyperparameters` in the place of its constants."""
+        jaxpr = self._recorded.jaxpr
+        values: dict[Any, Any] = {}
+        lifted = iter(hyperparameters)
+        for variable in jaxpr.constvars:
+            values[variable] = next(lifted)
+        values.update(zip(jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+
+        def read(variable):
+            if _is_constant(variable):
+                return next(lifted)
+            return variable.val if isinstance(variable, jex.Literal) else values[variable]
+
+        for equation in jaxpr.eqns:
+            inputs = [read(variable) for variable in equation.invars]
+            parameters = equation.primitive.get_bind_params(equation.params)
+            outputs = equation.primitive.bind(*inputs, **parameters)
+            if not equation.primitive.multiple_results:
+                outputs = [outputs]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        outputs = [v.val if isinstance(v, jex.Literal) else values[v] for v in jaxpr.outvars]
+        weights, rest = outputs[0], outputs[1:]
+        rows = len(self.row_shapes)
+        return weights, tuple(rest[:rows]), tuple(rest[rows:])
+
+    def _refuse_mixing(self):
+        """Updates a few rows together and apart, from gradients of very different sizes, twice in a row."""
+        random = np.random.default_rng(0)
+        weights = random.normal(size=(_PROBED, self.dim)).astype(np.float32)
+        sizes = np.array([1e-3, 1.0, 1e6, np.nan], np.float32)[:, None]
+        gradients = random.normal(size=(_PROBED, self.dim)).astype(np.float32) * sizes
+        together, state = jnp.asarray(weights), self._transformation.init(jnp.asarray(weights))
+        apart: Any = together
+        row_state: Any = self.initial_state(weights)
+        scalars: Any = self.scalars
+        for _ in range(2):
+            steps, state = self._transformation.update(jnp.asarray(gradients), state, together)
+            together = together + steps
+            try:
+                apart, row_state, scalars = self.update(
+                    jnp.asarray(gradients), apart, row_state, scalars, self.hyperparameters
+                )
+            except ValueError as error:
+                raise ValueError(f"{_MIXES} (a scalar of its state depends on the rows: {error})") from error
+        expected = [together, *self._split(jax.tree.leaves(state))[0]]
+        for one, other in zip(expected, [apart, *row_state], strict=True):
+            finite = slice(0, _PROBED - 1)  # the NaN gradient may spoil its own row, and no other
+            one, other = np.asarray(one, np.float64)[finite], np.asarray(other, np.float64)[finite]
+            if not np.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True):
+                raise ValueError(_MIXES)
+
+
+_PROBED = 4
+_MIXES = (
+    "the optimizer mixes rows: updating rows together and apart gives different results, as with clipping by global "
+    "norm, lamb, adafactor or apply_if_finite. The rows of a cached table are updated a batch at a time, so only "
+    "transformations that treat each row by itself can work: optax.clip instead of clip_by_global_norm, for one"
+)
+
+
+def _is_constant(variable: Any) -> bool:
+    """Whether an input of an equation is a float constant that is worth tracing."""
+    if not isinstance(variable, jex.Literal):
+        return False
+    shaped: Any = variable.aval
+    return jnp.issubdtype(shaped.dtype, jnp.floating)
+
+
+def _value(literal) -> np.ndarray:
+    return np.asarray(literal.val, literal.aval.dtype)
+
+
+def _canonical(recorded) -> str:
+    """The text of a jaxpr with its float constants left out: equal texts compute the same function of them."""
+    names: dict[Any, str] = {}
+
+    def name(variable):
+        if _is_constant(variable):
+            return f"constant:{variable.aval.dtype}"
+        if isinstance(variable, jex.Literal):
+            return f"{variable.val}:{variable.aval}"
+        return f"{names.setdefault(variable, str(len(names)))}:{variable.aval}"
+
+    jaxpr = recorded.jaxpr
+    lines = [" ".join(map(name, [*jaxpr.constvars, *jaxpr.invars]))]
+    for equation in jaxpr.eqns:
+        inputs, outputs = " ".join(map(name, equation.invars)), " ".join(map(name, equation.outvars))
+        lines.append(f"{outputs} = {equation.primitive} {sorted(equation.params.items())} {inputs}")
+    return "\n".join([*lines, " ".join(map(name, jaxpr.outvars))])

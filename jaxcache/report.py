@@ -1,0 +1,128 @@
+"""Figures of a run: what moved, and which stage of the pipeline held it back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stage:
+    """Time of one stage, in seconds.
+
+    Attributes:
+        busy: time at work.
+        wait: time spent waiting for its neighbours.
+    """
+
+    busy: float = 0.0
+    wait: float = 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts the time of its block as busy."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of its block as waiting."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait += time.perf_counter() - start
+
+
+STAGES = ("loader", "plan", "collect", "send", "step", "write-back")
+
+
+@dataclass
+class Report:
+    """Figures of one `LookAhead` from its start, over the batches that were exchanged.
+
+    Attributes:
+        steps: batches exchanged.
+        lookups: ids in them, repetitions counted.
+        unique_rows: unique rows of each batch, added up.
+        lookup_hits: lookups of rows that were resident when their batch was planned.
+        rows_fetched: rows brought to the device.
+        rows_written_back: victims carried home; what `flush` writes is not counted.
+        rows_flushed: rows that `flush` wrote home.
+        row_bytes: bytes of a row with its optimizer state.
+        slots: capacity of the cache, in rows.
+        device_bytes: bytes of the cache on the device.
+        table_bytes: bytes that all rows of the tables take.
+        window: batches planned ahead.
+        unique_bound: bound on the unique rows of a batch that the step was compiled for.
+        bound_growths: how often that bound, or the shape of a batch, had to grow, each time compiling the step anew.
+        stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
+            device, and waits while the next batch is not ready.
+    """
+
+    steps: int = 0
+    lookups: int = 0
+    unique_rows: int = 0
+    lookup_hits: int = 0
+    rows_fetched: int = 0
+    rows_written_back: int = 0
+    rows_flushed: int = 0
+    row_bytes: int = 0
+    slots: int = 0
+    device_bytes: int = 0
+    table_bytes: int = 0
+    window: int = 0
+    unique_bound: int = 0
+    bound_growths: int = 0
+    stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of unique rows that were resident when their batch was planned; 0.0 before the first step."""
+        return 1 - self.rows_fetched / self.unique_rows if self.unique_rows else 0.0
+
+    @property
+    def lookup_hit_rate(self) -> float:
+        """Share of lookups whose row was resident when their batch was planned; 0.0 before the first step."""
+        return self.lookup_hits / self.lookups if self.lookups else 0.0
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes of rows brought to the device, padding of the size classes not counted."""
+        return self.rows_fetched * self.row_bytes
+
+    @property
+    def bytes_written_back(self) -> int:
+        """Bytes of victims carried home, padding of the size classes not counted."""
+        return self.rows_written_back * self.row_bytes
+
+    @property
+    def bound_by(self) -> str:
+        """The stage that bounds the run: the one that was busy longest."""
+        return max(self.stages, key=lambda name: self.stages[name].busy)
+
+    def __str__(self) -> str:
+        steps = max(self.steps, 1)
+        lines = [
+            f"{self.steps:,} steps, window {self.window}, {self.slots:,} slots: "
+            f"{self.device_bytes / 1e6:,.1f} MB on the device, tables {self.table_bytes / 1e6:,.1f} MB "
+            f"({self.table_bytes / max(self.device_bytes, 1):.1f} x)",
+            f"hit rate {self.hit_rate:.2%} of unique rows, {self.lookup_hit_rate:.2%} of lookups",
+            f"fetched {self.rows_fetched:,} rows, {self.bytes_fetched / 1e6:,.1f} MB "
+            f"({self.rows_fetched / steps:,.0f} rows a step)",
+            f"written back {self.rows_written_back:,} rows, {self.bytes_written_back / 1e6:,.1f} MB "
+            f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows",
+            f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times",
+            f"{'stage':<12}{'busy s':>10}{'wait s':>10}{'busy ms a step':>17}",
+        ]
+        lines += [
+            f"{name:<12}{stage.busy:>10.2f}{stage.wait:>10.2f}{1e3 * stage.busy / steps:>17.2f}"
+            + ("  <- bounds the run" if name == self.bound_by else "")
+            for name, stage in self.stages.items()
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Descriptions: an embedding table, the initial value of its rows, and tables stacked into a group."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numba
+import numpy as np
+
+from jaxcache.index import mix
+
+MAX_ROWS = 2**63 - 1
+
+
+class Initializer(Protocol):
+    """Initial weights as a pure function of a row's place: equal arguments always give equal bits.
+
+    Called with `stream`, an integer below 2**64 that stands for the store's seed and the table's name, `rows`, an
+    `int64[N]` array of ids, and `table`; returns `float32[N, table.dim]`. It must compare by value: a frozen dataclass.
+    """
+
+    def __call__(self, stream: int, rows: np.ndarray, table: Table) -> np.ndarray: ...
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_uniform(stream, rows, out):
+    scale = np.float32(2.0**-24)
+    for i in range(out.shape[0]):
+        row = mix(np.uint64(stream) ^ mix(np.uint64(rows[i])))
+        for j in range(out.shape[1]):
+            bits = mix(row + np.uint64(j))
+            out[i, j] = np.float32(bits >> np.uint64(40)) * scale
+
+
+def _uniform_bits(stream: int, rows: np.ndarray, dim: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) with 24 random bits each, `float32[N, dim]`."""
+    out = np.empty((len(rows), dim), np.float32)
+    _fill_uniform(np.uint64(stream), np.asarray(rows, np.int64), out)
+    return out
+
+
+@dataclass(frozen=True)
+class uniform:
+    """Weights uniform in [-scale, scale); `scale=None` means 1 / sqrt(rows), as in the DLRM reference model.
+
+    >>> bool(abs(uniform(0.5)(7, np.arange(3), Table(3, 4))).max() <= 0.5)
+    True
+    """
+
+    scale: float | None = None
+
+    def __call__(self, stream: int, rows: np.ndarray, table: Table) -> np.ndarray:
+        scale = np.float32(1 / math.sqrt(table.rows) if self.scale is None else self.scale)
+        weights = _uniform_bits(stream, rows, table.dim)
+        weights *= 2 * scale
+        weights -= scale
+        return weights
+
+
+@dataclass(frozen=True)
+class normal:
+    """Weights from a normal distribution with the given mean and standard deviation (Box & Muller 1958).
+
+    >>> normal(0.1)(7, np.arange(3), Table(3, 4)).shape
+    (3, 4)
+    """
+
+    standard_deviation: float = 1.0
+    mean: float = 0.0
+
+    def __call__(self, stream: int, rows: np.ndarray, table: Table) -> np.ndarray:
+        bits = _uniform_bits(stream, rows, 2 * table.dim)
+        radius = np.sqrt(-2 * np.log1p(-bits[:, : table.dim]))
+        weights = radius * np.cos(np.float32(2 * np.pi) * bits[:, table.dim :])
+        return weights * np.float32(self.standard_deviation) + np.float32(self.mean)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table: `rows` rows of `dim` float32 weights, each with an initial value that needs no memory.
+
+    Args:
+        rows: number of rows, 1 to 2**63 - 1; ids run from 0 to rows - 1. A row costs memory once it was trained.
+        dim: weights a row, at least 1.
+        initializer: initial weights, see `Initializer`; `uniform()` by default.
+
+    Raises:
+        ValueError: if `rows` or `dim` is out of range.
+
+    >>> Table(10_000_000, 64).rows
+    10000000
+    """
+
+    rows: int
+    dim: int
+    initializer: Initializer = uniform()
+
+    def __post_init__(self):
+        for name, value, most in (("rows", self.rows, MAX_ROWS), ("dim", self.dim, 2**31 - 1)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most:
+                raise ValueError(f"Table({name}={value!r}): {name} must be an integer from 1 to {most:,}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tables stacked into one: they share a buffer and an index, so capacity flows to the table that needs it.
+
+    A row of the group has one 64-bit *key*, the number of rows in the tables before its own plus its id, kept as the
+    bits of an `int64`. Compared by value, and hashable: it is static data of the pytrees.
+
+    >>> group = Group.stack({"user": Table(10, 4), "item": Table(5, 4)})
+    >>> group.keys(1, np.array([0, 4]))
+    array([10, 14])
+    >>> [part.tolist() for part in group.locate(np.array([9, 14]))]
+    [[0, 1], [9, 4]]
+    """
+
+    names: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+    @classmethod
+    def stack(cls, tables: Mapping[str, Table]) -> Group:
+        """Checks that `tables` can share a buffer and stacks them in their order.
+
+        Raises:
+            ValueError: without tables, for dims that differ, or for more than 2**64 - 1 rows in all.
+            TypeError: for a name that is no string or a value that is no `Table`.
+        """
+        if not tables:
+            raise ValueError("a store needs at least one table: HostStore({'user': Table(rows, dim)}, ...)")
+        for name, table in tables.items():
+            if not isinstance(name, str) or not isinstance(table, Table):
+                raise TypeError(f"tables must map names to Table(rows, dim); got {name!r}: {type(table).__name__}")
+        dims = {name: table.dim for name, table in tables.items()}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"the tables of a store must have one dim, got {dims}; use a store a dim")
+        if sum(int(table.rows) for table in tables.values()) >= 2**64:
+            raise ValueError("the tables of a store hold 2**64 rows or more in all: split them over two stores")
+        return cls(tuple(tables), tuple(tables.values()))
+
+    @property
+    def dim(self) -> int:
+        return self.tables[0].dim
+
+    @property
+    def rows(self) -> int:
+        return sum(int(table.rows) for table in self.tables)
+
+    @cached_property
+    def bases(self) -> np.ndarray:
+        """The key of each table's first row, as `uint64[tables]`."""
+        rows = [0]
+        for table in self.tables[:-1]:
+            rows.append(rows[-1] + int(table.rows))
+        return np.array(rows, np.uint64)
+
+    def index(self, name: str) -> int:
+        """The position of a table. Raises KeyError with the known names."""
+        if name not in self.names:
+            raise KeyError(f"no table named {name!r}: the store has {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def keys(self, table: int, ids: np.ndarray) -> np.ndarray:
+        """Keys `int64[N]` of `ids`, which must be valid, in the table at position `table`."""
+        return (np.asarray(ids).astype(np.uint64) + self.bases[table]).view(np.int64)
+
+    def locate(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The table positions `int64[N]` and ids `int64[N]` behind `keys`."""
+        unsigned = np.asarray(keys, np.int64).view(np.uint64)
+        table = np.searchsorted(self.bases, unsigned, side="right") - 1
+        return table, (unsigned - self.bases[table]).view(np.int64)
+
+    def initial_weights(self, seed: int, keys: np.ndarray) -> np.ndarray:
+        """The weights `float32[N, dim]` that the rows at `keys` have before any training."""
+        table_of, ids = self.locate(keys)
+        weights = np.empty((len(ids), self.dim), np.float32)
+        for position in np.flatnonzero(np.bincount(table_of, minlength=len(self.tables))):
+            here = np.flatnonzero(table_of == position)
+            table = self.tables[position]
+            # The name, not the position, seeds the stream: adding a table leaves the others as they were.
+            stream = int(mix(np.uint64(seed % 2**64) ^ np.uint64(zlib.crc32(self.names[position].encode()))))
+            weights[here] = table.initializer(stream, ids[here], table)
+        return weights
+
+
+def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
+    """`ids` as a C-ordered `int64` array of the same shape.
+
+    Raises:
+        TypeError: for anything but integers.
+        ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
+    """
+    array = np.asarray(ids)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"ids of feature {feature!r} are {array.dtype}; ids must be integers (ids.astype(np.int64))")
+    # One unsigned comparison finds both: a negative id is a huge unsigned one.
+    flat = np.ascontiguousarray(array).reshape(-1)
+    wide = flat.astype(np.uint64, copy=False) if flat.dtype.kind == "u" else flat.astype(np.int64, copy=False)
+    wrong = wide.view(np.uint64) >= np.uint64(rows)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise ValueError(
+            f"feature {feature!r} has id {int(flat[place])} at lookup {place}; "
+            f"ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
+        )
+    return wide.view(np.int64).reshape(array.shape)
