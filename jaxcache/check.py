@@ -60,7 +60,8 @@ def check(state: CacheState, store: HostStore) -> None:
     clean = ~found.dirty[occupied]
     home = store.read(keys[clean])
     for here, there in zip(jax.tree.leaves(found.buffer), jax.tree.leaves(home), strict=True):
-        one, other = (np.ascontiguousarray(leaf) for leaf in (here[occupied[clean]], there))
+        # A last axis of one element, which becomes its bytes: a row of a leaf may be a single number.
+        one, other = (np.ascontiguousarray(leaf[..., np.newaxis]) for leaf in (here[occupied[clean]], there))
         same = one.view(np.uint8) == other.view(np.uint8)
         holds(same.all(axis=tuple(range(1, same.ndim))), "a clean row equals the store's bit for bit", occupied[clean])
     if not store.behind:

@@ -7,6 +7,7 @@ alone anyway, so for them the result is that of the transformation on the whole 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -287,11 +288,11 @@ def _value(literal) -> np.ndarray:
 
 
 def _canonical(recorded) -> str:
-    """The text of a jaxpr with its float constants left out: equal texts compute the same function of them."""
+    """The text of a jaxpr with its lifted constants left out: equal texts compute the same function of them."""
     names: dict[Any, str] = {}
 
-    def name(variable):
-        if _is_constant(variable):
+    def name(variable, lifted=True):
+        if lifted and _is_constant(variable):
             return f"constant:{variable.aval.dtype}"
         if isinstance(variable, jex.Literal):
             return f"{variable.val}:{variable.aval}"
@@ -302,4 +303,17 @@ def _canonical(recorded) -> str:
     for equation in jaxpr.eqns:
         inputs, outputs = " ".join(map(name, equation.invars)), " ".join(map(name, equation.outvars))
         lines.append(f"{outputs} = {equation.primitive} {sorted(equation.params.items())} {inputs}")
-    return "\n".join([*lines, " ".join(map(name, jaxpr.outvars))])
+    lines.append(" ".join(name(variable, lifted=False) for variable in jaxpr.outvars))
+    lines += [f"{value.dtype}{value.shape} {value.tobytes().hex()}" for value in _nested_constants(jaxpr)]
+    return "\n".join(lines)
+
+
+def _nested_constants(jaxpr) -> Iterator[np.ndarray]:
+    """The arrays that jitted functions inside a jaxpr close over: they are not lifted, and its text only names them."""
+    for equation in jaxpr.eqns:
+        for parameter in jax.tree.leaves(tuple(equation.params.values())):
+            if isinstance(parameter, jex.ClosedJaxpr):
+                yield from map(np.asarray, parameter.consts)
+                yield from _nested_constants(parameter.jaxpr)
+            elif isinstance(parameter, jex.Jaxpr):
+                yield from _nested_constants(parameter)

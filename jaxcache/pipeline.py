@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -36,7 +37,8 @@ from jaxcache.store import HostStore
 _READY_BATCHES = 2  # planned batches whose rows wait on the device
 _RETURNING_BATCHES = 3  # exchanges whose victims are on their way home
 _REMEMBERED_BATCHES = 16  # more than the batches between a plan and the landing of its victims
-_SIZE_CLASSES = 8  # of an exchange, each half the one above
+_SIZE_CLASSES = 8  # of an exchange, each half the one above, down to
+_SMALLEST_EXCHANGE = 64  # rows
 _CHUNK_ROWS = 65_536  # rows moved at a time by `flush` and when every row is brought in
 _POLL_SECONDS = 0.05  # how often a waiting main thread looks for Ctrl-C
 
@@ -168,6 +170,7 @@ class LookAhead:
         self._exchanged = self._landed = 0
         self._error: BaseException | None = None
         self._write_error: BaseException | None = None
+        self._write_error_seen = False
         self._started = self._entered = self._left = False
         self._first_step = 0
         self._current: _Ready | None = None
@@ -205,8 +208,8 @@ class LookAhead:
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
         if kind is None:
-            if self._write_error is not None:
-                raise self._write_error
+            if not self._write_error_seen:
+                self._raise_write_error()
             self._raise_if_interrupted()
 
     def _on_interrupt(self, number, frame) -> None:
@@ -247,10 +250,10 @@ class LookAhead:
             cache = init(self._store, self._slots)
         else:
             cache = self._checked_warm(cache)
-        planner, cache = self._make_planner(cache)
         self._first_step = int(cache.step)
         self._report.device_bytes = cache.nbytes
         self._abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), cache)
+        planner, cache = self._make_planner(cache)
         self._started = True
         for name, work in (
             ("loader", self._draw_batches),
@@ -299,13 +302,14 @@ class LookAhead:
         return planner, cache
 
     def _bring_in_every_row(self, cache: CacheState) -> CacheState:
-        insert = jax.jit(apply_exchange, donate_argnums=0)
         size = min(_CHUNK_ROWS, self._slots)
+        insert = self._exchange_program(size)
         for first in range(0, self._slots, size):
             keys = np.arange(first, min(first + size, self._slots), dtype=np.int64)
-            exchange = self._exchange(keys, keys.astype(np.int32), size, int(self._store.step))
-            cache, _ = insert(cache, jax.tree.map(jnp.asarray, exchange))
-            cache = dataclasses.replace(cache, exchanged=jnp.array(self._store.step, jnp.int32))
+            cache, _ = insert(
+                cache, jax.device_put(self._exchange(keys, keys.astype(np.int32), size, self._first_step))
+            )
+            cache = dataclasses.replace(cache, exchanged=jnp.array(self._first_step, jnp.int32))
         return cache
 
     # The caller's side
@@ -403,12 +407,13 @@ class LookAhead:
             with self._progress:
                 self._progress.wait_for(lambda: self._landed == self._exchanged or self._write_error is not None)
                 faulty = self._write_error
-                if faulty is not None and not isinstance(faulty, _FaultError):
-                    raise faulty
+                if not isinstance(faulty, _FaultError):
+                    self._raise_write_error()
             newest = self._first_step + self._landed
             found = int(cache.exchanged)
             if found != newest:
-                raise faulty or RuntimeError(
+                self._raise_write_error()
+                raise RuntimeError(
                     f"flush got a stale cache, of step {found}; the newest is of step {newest}: assign what exchange "
                     "and the train step return, `cache = ...`, and flush that"
                 )
@@ -418,6 +423,7 @@ class LookAhead:
             if faulty is None and fault != CacheState.NO_FAULT:
                 faulty = _FaultError(_explain_fault(fault, int(cache.step), found, newest))
             if faulty is not None:
+                self._write_error_seen = True
                 raise faulty
         finally:
             if self._left:
@@ -539,6 +545,7 @@ class LookAhead:
 
     def _raise_write_error(self) -> None:
         if self._write_error is not None:
+            self._write_error_seen = True
             raise self._write_error
 
     # The stages, each in its thread
@@ -638,15 +645,16 @@ class LookAhead:
     def _size_class(self, rows: int) -> int:
         """The smallest size compiled for an exchange that holds `rows`; compiles all sizes when the bound is new."""
         bound = self._shapes.unique_bound
-        sizes = sorted({-(-bound // 2**i) for i in range(_SIZE_CLASSES)})
+        sizes = sorted({max(-(-bound // 2**i), min(bound, _SMALLEST_EXCHANGE)) for i in range(_SIZE_CLASSES)})
         for size in sizes:
             if size not in self._programs:
-                abstract = jax.eval_shape(
-                    lambda n=size: jax.tree.map(jnp.asarray, self._exchange(np.zeros(0, np.int64), _NONE, n, 0))
-                )
-                lowered = jax.jit(apply_exchange, donate_argnums=0).lower(self._abstract_state, abstract)
-                self._programs[size] = lowered.compile()
+                self._programs[size] = self._exchange_program(size)
         return next(size for size in sizes if size >= rows)
+
+    def _exchange_program(self, size: int) -> Any:
+        abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self._exchange(_NO_KEYS, _NO_SLOTS, size, 0)))
+        leaves, treedef = jax.tree.flatten((self._abstract_state, abstract))
+        return _compile_exchange(treedef, tuple(leaves))
 
     def _exchange(self, fetched: np.ndarray, slots: np.ndarray, size: int, step: int) -> Exchange:
         return Exchange(
@@ -720,5 +728,12 @@ def _parse_slots(slots: int | str, rows: int) -> int:
     return count
 
 
-_NONE = np.zeros(0, np.int32)
+@functools.lru_cache(maxsize=64)
+def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """The exchange compiled for a state and a size class; kept, so that an equal pipeline compiles nothing."""
+    state, exchange = jax.tree.unflatten(treedef, leaves)
+    return jax.jit(apply_exchange, donate_argnums=0).lower(state, exchange).compile()
+
+
+_NO_KEYS, _NO_SLOTS = np.zeros(0, np.int64), np.zeros(0, np.int32)
 _read_slots = jax.jit(read_slots)

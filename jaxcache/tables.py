@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,7 +183,8 @@ class Group:
             here = np.flatnonzero(table_of == position)
             table = self.tables[position]
             # The name, not the position, seeds the stream: adding a table leaves the others as they were.
-            stream = int(mix(np.uint64(seed % 2**64) ^ np.uint64(zlib.crc32(self.names[position].encode()))))
+            name = hashlib.blake2b(self.names[position].encode(), digest_size=8).digest()
+            stream = int(mix(mix(np.uint64(seed % 2**64)) ^ np.uint64(int.from_bytes(name, "little"))))
             weights[here] = table.initializer(stream, ids[here], table)
         return weights
 
