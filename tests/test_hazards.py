@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from training import dense_start, make_batch, make_batches, make_store, most_unique_rows, train, train_step
 
 import jaxcache as jc
+from training import dense_start, make_batch, make_batches, make_store, most_unique_rows, train, train_step
 
 BATCHES = make_batches(11, ["skewed", "uniform", "distinct", "equal"] * 5)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import ROWS, TABLES, dense_start, make_batches, make_store, most_unique_rows, train, train_step
 
 import jaxcache as jc
+from training import ROWS, TABLES, dense_start, make_batches, make_store, most_unique_rows, train, train_step
 
 BATCHES = make_batches(21, ["uniform"] * 12)
 

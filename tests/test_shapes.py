@@ -1,0 +1,168 @@
+"""The second step and all that follow compile nothing, and no step copies a buffer."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcache as jc
+from jaxcache.state import Exchange, Rows, apply_exchange
+from training import (
+    OPTIMIZERS,
+    SAMPLES,
+    dense_start,
+    loss_function,
+    make_batches,
+    make_store,
+    train,
+    train_step,
+)
+
+_compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: _compilations.append(event) if "backend_compile" in event else None
+)
+
+
+@contextmanager
+def compiling(expected: int):
+    """Asserts how many programs its block compiles."""
+    before = len(_compilations)
+    yield
+    assert len(_compilations) - before == expected
+
+
+def test_the_count_of_compilations_counts():
+    with compiling(1):
+        jax.jit(lambda x: x * 3 + 7)(np.ones(11, np.float32))
+
+
+@pytest.mark.parametrize("slots", [16, "100%"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_after_the_first_compile_nothing(optimizer, slots):
+    batches = make_batches(7, ["distinct", "skewed", "equal", "uniform"] * 5, last=2)
+    with jc.LookAhead(make_store(optimizer), batches, ids=lambda b: b["ids"], slots=slots) as ahead:
+        cache, dense = ahead.start(), dense_start()
+        for number, (batch, plan) in enumerate(ahead):
+            with compiling(0) if number > 0 else _anything():
+                cache = ahead.exchange(cache, plan)
+                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+        ahead.flush(cache)
+    assert ahead.report().bound_growths == 0
+
+
+@contextmanager
+def _anything():
+    yield
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (jc.rowwise_adagrad(0.3), jc.rowwise_adagrad(0.3), True),
+        (jc.rowwise_adagrad(0.3), jc.rowwise_adagrad(0.1), False),
+        (optax.adam(0.3), optax.adam(0.1), False),
+        (optax.sgd(optax.exponential_decay(0.5, 3, 0.7)), optax.sgd(optax.exponential_decay(0.1, 5, 0.9)), False),
+    ],
+    ids=["equal", "another rate", "another rate of adam", "another schedule"],
+)
+def test_a_rebuilt_store_or_another_rate_compiles_nothing(first, second, equal):
+    batches = make_batches(7, ["skewed"] * 6)
+    results = [train(make_store(first), batches, 16, window=2)]
+    store = make_store(second)
+    with compiling(0):
+        results.append(train(store, batches, 16, window=2))
+    # Were the rate of the first store compiled in, the second would train with it.
+    assert (results[0].losses == results[1].losses) == equal
+
+
+def test_the_bound_on_unique_rows_grows_by_doubling_and_is_reported():
+    random = np.random.default_rng(0)
+
+    def batch(unique):
+        ids = np.arange(600) % unique
+        return {"ids": {"user": random.permutation(ids)}, "labels": np.zeros(600, np.float32)}
+
+    sizes = [100, 120, 250, 130, 500, 600, 600]
+    store = jc.HostStore({"user": jc.Table(5_000, 4)}, optimizer=optax.sgd(0.1))
+    bounds = []
+    with jc.LookAhead(store, [batch(n) for n in sizes], ids=lambda b: b["ids"], slots=700, window=3) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            cache = jc.update(cache, plan, jc.lookup(cache, plan))
+            bounds.append(len(plan.unique_slots))
+        ahead.flush(cache)
+    assert bounds == [128, 128, 256, 256, 512, 600, 600]
+    assert ahead.report().bound_growths == 3 and ahead.report().unique_bound == 600
+
+
+def test_a_short_batch_is_padded_and_a_longer_one_grows_the_shape():
+    batches = [*make_batches(1, ["uniform"] * 2, last=5), *make_batches(2, ["uniform"] * 3, last=3)]
+    seen = []
+    with jc.LookAhead(make_store("sgd"), batches, ids=lambda b: b["ids"], slots=32, window=2) as ahead:
+        cache, dense = ahead.start(), dense_start()
+        for batch, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            rows = jc.lookup(cache, plan)
+            mask = np.asarray(plan.mask)
+            seen.append((batch["labels"].shape[0], int(plan.samples), mask.sum()))
+            assert all(leaf.shape == (SAMPLES, 4) for leaf in rows.values())
+            assert (np.asarray(rows["user"])[~mask] == 0).all() and (batch["labels"][~mask] == 0).all()
+            cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+        ahead.flush(cache)
+    assert seen == [(8, 8, 8), (8, 5, 5), (8, 8, 8), (8, 8, 8), (8, 3, 3)]
+
+    longer = [*make_batches(1, ["uniform"]), *[_batch_of(12)], *make_batches(2, ["uniform"])]
+    report = train(make_store("sgd"), longer, 32).report
+    assert report.bound_growths == 1
+    train(make_store("sgd"), longer, 24, window=1).assert_same_bits(train(make_store("sgd"), longer, "100%"))
+
+
+def _batch_of(samples):
+    random = np.random.default_rng(5)
+    ids = {name: random.integers(0, 40, samples) for name in ("user", "item")}
+    return {"ids": ids, "labels": np.ones(samples, np.float32)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_of_buffer_size_is_copied(optimizer):
+    """From the compiled programs' own accounts: the buffers are aliased, and temporaries are small beside them."""
+    slots, unique, samples, dim = 200_000, 64, 32, 16
+    tables = {"user": jc.Table(10**6, dim), "item": jc.Table(10**6, dim)}
+    store = jc.HostStore(tables, optimizer=OPTIMIZERS[optimizer]())
+    state = jax.eval_shape(lambda: jc.init(store, slots))
+    shape = jax.ShapeDtypeStruct
+
+    def compiled(function, *arguments):
+        return jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+
+    integer = shape((), jnp.int32)
+    plan = jc.Plan(
+        shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32), integer, integer,
+        (("user", (samples,)), ("item", (samples,))),
+    )  # fmt: skip
+
+    def step(cache, plan, dense, labels):
+        rows = jc.lookup(cache, plan)
+        loss, gradients = jax.value_and_grad(loss_function, argnums=1)(dense, rows, labels, plan.mask)
+        return jc.update(cache, plan, gradients), loss
+
+    rows = Rows(
+        shape((unique, dim), jnp.float32),
+        tuple(shape((unique, *leaf.shape), leaf.dtype) for leaf in store.optimizer.row_shapes),
+    )
+    exchange = Exchange(shape((unique,), jnp.int32), shape((unique, 3), jnp.int32), rows, integer)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    buffers = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.buffer))
+    for analysis in (
+        compiled(step, state, plan, shape((2 * dim,), jnp.float32), shape((samples,), jnp.float32)),
+        compiled(apply_exchange, state, exchange),
+    ):
+        assert analysis.temp_size_in_bytes < buffers / 50
+        assert analysis.alias_size_in_bytes >= 0.99 * whole
