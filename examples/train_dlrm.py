@@ -1,0 +1,399 @@
+"""Train a DLRM whose embedding tables stay in host memory, behind a cache of rows on the device.
+
+    python examples/train_dlrm.py
+    python examples/train_dlrm.py --data train.txt.gz --slots 5% --epochs 2
+
+Without --data it trains on a synthetic click log with the cardinalities of the Criteo Kaggle log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import jaxcache as jc
+from criteo import read_criteo
+from dlrm import DLRM, auc
+from synthetic import KAGGLE_CARDINALITIES, ClickLog, scaled_cardinalities
+
+DEFAULT_STEPS = 800
+TEST_BATCHES = 40
+# Batches of the synthetic log that no training reaches.
+FIRST_TEST_BATCH = 10**12
+STEPS_BETWEEN_FIGURES = 10
+
+# Rates differ by orders of magnitude because the loss is a mean over the batch: a row that is
+# looked up once gets the gradient of one sample, divided by the batch's size.
+ROW_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": lambda: optax.sgd(10.0),
+    "momentum": lambda: optax.sgd(1.0, momentum=0.9),
+    # Optax starts the accumulator at 0.1, far above the squares of such gradients.
+    "adagrad": lambda: optax.adagrad(0.05, initial_accumulator_value=0.0, eps=1e-14),
+    "rowwise_adagrad": lambda: jc.rowwise_adagrad(0.05),
+    "adam": lambda: optax.adam(0.005),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train and to test on.
+
+    Attributes:
+        tables: number of rows of each feature's table.
+        train: makes the training batches, as `ClickLog.batch` and `CriteoLog.batches` show them.
+        steps: number of training batches.
+        batch_size: samples in each of them, except for a shorter last one in each epoch.
+        samples: samples in all of them.
+        test: makes the test batches.
+    """
+
+    tables: dict[str, int]
+    train: Callable[[], Iterable[dict[str, Any]]]
+    steps: int
+    batch_size: int
+    samples: int
+    test: Callable[[], Iterable[dict[str, Any]]]
+
+
+def synthetic_data(rows: int | None, batch_size: int, steps: int | None, seed: int) -> Data:
+    """Return the synthetic click log, scaled to `rows` rows in all if given."""
+    log = ClickLog(scaled_cardinalities(rows) if rows else KAGGLE_CARDINALITIES, seed)
+    steps = steps or DEFAULT_STEPS
+    return Data(
+        tables=dict(zip(log.features, log.cardinalities, strict=True)),
+        train=lambda: log.batches(batch_size, steps),
+        steps=steps,
+        batch_size=batch_size,
+        samples=steps * batch_size,
+        test=lambda: log.batches(batch_size, TEST_BATCHES, start=FIRST_TEST_BATCH),
+    )
+
+
+def criteo_data(path: Path, rows: int | None, batch_size: int, steps: int | None, epochs: int) -> Data:
+    """Return a Criteo log: train on the first 80 % of its lines, `epochs` times, test on the rest.
+
+    Values are enumerated, or hashed to `rows` rows in all if given.
+    """
+    log = read_criteo(path, scaled_cardinalities(rows) if rows else None)
+    if len(log) < 2:
+        raise ValueError(f"{path}: one line is too few to train and to test on")
+    batch_size = min(batch_size, len(log.train_lines))
+    batches_per_epoch = math.ceil(len(log.train_lines) / batch_size)
+    steps = min(steps or epochs * batches_per_epoch, epochs * batches_per_epoch)
+    whole_epochs, rest = divmod(steps, batches_per_epoch)
+
+    def train() -> Iterator[dict[str, Any]]:
+        for _ in range(epochs):
+            yield from log.batches(batch_size, log.train_lines)
+
+    return Data(
+        tables=dict(zip(log.features, log.cardinalities, strict=True)),
+        train=lambda: itertools.islice(train(), steps),
+        steps=steps,
+        batch_size=batch_size,
+        samples=whole_epochs * len(log.train_lines) + rest * batch_size,
+        test=lambda: log.batches(batch_size, log.test_lines),
+    )
+
+
+class DenseState(NamedTuple):
+    """The model's own parameters and their optimizer's state: what does not live in tables."""
+
+    parameters: nnx.State
+    optimizer_state: optax.OptState
+
+
+class Steps(NamedTuple):
+    """The jitted functions of a model. B is the number of samples of a batch, padding included."""
+
+    train: Callable[..., tuple[jc.CacheState, DenseState, jax.Array]]
+    predict: Callable[..., jax.Array]
+
+
+def make_steps(model: DLRM) -> tuple[DenseState, Steps]:
+    """Return the state to start from, and the steps.
+
+    `train(cache, plan, state, dense [B, 13], label [B])` returns the next cache and state, which
+    take the place of those given, and the mean loss []. `predict(cache, plan, state, dense)`
+    returns logits [B].
+    """
+    definition, parameters = nnx.split(model)
+    optimizer = optax.adam(1e-3)
+
+    def loss_of(
+        parameters: nnx.State,
+        rows: dict[str, jax.Array],
+        dense: jax.Array,
+        label: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
+        logits = nnx.merge(definition, parameters)(dense, rows)
+        losses = optax.sigmoid_binary_cross_entropy(logits, label)
+        return jnp.sum(losses, where=mask) / jnp.sum(mask)
+
+    @partial(jax.jit, donate_argnums=(0, 2))
+    def train(
+        cache: jc.CacheState, plan: jc.Plan, state: DenseState, dense: jax.Array, label: jax.Array
+    ) -> tuple[jc.CacheState, DenseState, jax.Array]:
+        rows = jc.lookup(cache, plan)
+        loss, (gradients, row_gradients) = jax.value_and_grad(loss_of, argnums=(0, 1))(
+            state.parameters, rows, dense, label, plan.mask
+        )
+        cache = jc.update(cache, plan, row_gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
+        parameters = optax.apply_updates(state.parameters, updates)
+        return cache, DenseState(parameters, optimizer_state), loss
+
+    @jax.jit
+    def predict(cache: jc.CacheState, plan: jc.Plan, state: DenseState, dense: jax.Array) -> jax.Array:
+        return nnx.merge(definition, state.parameters)(dense, jc.lookup(cache, plan))
+
+    return DenseState(parameters, optimizer.init(parameters)), Steps(train, predict)
+
+
+class Progress:
+    """A bar with the figures of the last few steps, and the speed from the second step on.
+
+    The first step is left out of the speed because it compiles. Only losses of some steps ago are
+    fetched, which are there already: fetching the newest one would wait for its step.
+    """
+
+    def __init__(self, ahead: jc.LookAhead, data: Data) -> None:
+        self._ahead, self._data = ahead, data
+        self._bar = tqdm(total=data.steps, unit="step", dynamic_ncols=True)
+        self._steps, self._report = 0, ahead.report()
+        self._start = self._last = time.perf_counter()
+        self._loss: jax.Array | None = None
+        self._fetchable: jax.Array | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, loss: jax.Array) -> None:
+        """Count a step and take its loss, float32 []."""
+        self._steps, self._loss = self._steps + 1, loss
+        if self._steps == 1 and self._data.steps > 1:
+            jax.block_until_ready(loss)
+            self._start = self._last = time.perf_counter()
+        if self._steps % STEPS_BETWEEN_FIGURES == 0:
+            self._show()
+
+    def finish(self) -> tuple[float, float]:
+        """Wait for the last step and return its loss and the samples per second."""
+        loss = float("nan") if self._loss is None else float(self._loss)
+        seconds = time.perf_counter() - self._start
+        self._show()
+        samples = self._data.samples
+        if self._data.steps > 1:
+            samples -= self._data.batch_size
+        return loss, samples / seconds
+
+    def _show(self) -> None:
+        before, report, now = self._report, self._ahead.report(), time.perf_counter()
+        steps = report.steps - before.steps
+        if not steps:
+            return
+        unique_rows = report.unique_rows - before.unique_rows
+        fetched = report.rows_fetched - before.rows_fetched
+        written_back = report.rows_written_back - before.rows_written_back
+        figures = {
+            "samples/s": f"{steps * self._data.batch_size / (now - self._last):,.0f}",
+            "hit rate": f"{1 - fetched / unique_rows:.1%}",
+            "rows in": f"{fetched / steps:,.0f}",
+            "rows out": f"{written_back / steps:,.0f}",
+        }
+        if self._fetchable is not None:
+            figures = {"loss": f"{float(self._fetchable):.4f}", **figures}
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(self._steps - self._bar.n)
+        self._report, self._last, self._fetchable = report, now, self._loss
+
+
+def evaluate(
+    ahead: jc.LookAhead,
+    cache: jc.CacheState,
+    state: DenseState,
+    predict: Callable[..., jax.Array],
+    batches: Iterable[dict[str, Any]],
+) -> tuple[jc.CacheState, float, float | None]:
+    """Return the flushed cache, the AUC over `batches`, and the planted model's where there is one."""
+
+    def eval_step(view: jc.CacheState, plan: jc.Plan, batch: dict[str, Any]) -> dict[str, Any]:
+        scores = predict(view, plan, state, batch["dense"])
+        known = ("label", "planted") if "planted" in batch else ("label",)
+        return {"scores": scores, "mask": plan.mask} | {name: batch[name] for name in known}
+
+    cache, outputs = ahead.evaluate(batches, cache, eval_step)
+    columns = {name: np.concatenate([np.asarray(output[name]) for output in outputs]) for name in outputs[0]}
+    valid = columns.pop("mask")
+    columns = {name: column[valid] for name, column in columns.items()}
+    ceiling = auc(columns["planted"], columns["label"]) if "planted" in columns else None
+    return cache, auc(columns["scores"], columns["label"]), ceiling
+
+
+def run(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """Train and test, print the figures, and return them as `--summary` writes them."""
+    store = jc.HostStore(
+        {name: jc.Table(rows, arguments.dim) for name, rows in data.tables.items()},
+        optimizer=ROW_OPTIMIZERS[arguments.optimizer](),
+        seed=arguments.seed,
+    )
+    model = DLRM(tuple(data.tables), arguments.dim, rngs=nnx.Rngs(arguments.seed))
+    state, steps = make_steps(model)
+    with jc.LookAhead(
+        store,
+        data.train(),
+        ids=lambda batch: batch["ids"],
+        slots="100%" if arguments.no_cache else arguments.slots,
+        window=arguments.window,
+    ) as ahead:
+        cache = ahead.start()
+        with Progress(ahead, data) as progress:
+            for batch, plan in ahead:
+                cache = ahead.exchange(cache, plan)
+                cache, state, loss = steps.train(cache, plan, state, batch["dense"], batch["label"])
+                progress.step(loss)
+            last_loss, samples_per_second = progress.finish()
+        cache, test_auc, ceiling = evaluate(ahead, cache, state, steps.predict, data.test())
+    report = ahead.report()
+
+    print(f"\n{report}\n")
+    print(f"loss of the last step {last_loss:.4f}, {samples_per_second:,.0f} samples/s")
+    print(f"bytes on the device {report.device_bytes:,}, of the whole tables {report.table_bytes:,}")
+    print(
+        f"test AUC {test_auc:.4f}"
+        + (f", ceiling (the planted model's own AUC) {ceiling:.4f}" if ceiling is not None else "")
+    )
+    return {
+        "steps": report.steps,
+        "loss": last_loss,
+        "auc": test_auc,
+        "ceiling": ceiling,
+        "samples_per_second": samples_per_second,
+        "hit_rate": report.hit_rate,
+        "rows_fetched": report.rows_fetched,
+        "rows_written_back": report.rows_written_back,
+        "slots": report.slots,
+        "device_bytes": report.device_bytes,
+        "table_bytes": report.table_bytes,
+        "stages": {name: dataclasses.asdict(stage) for name, stage in report.stages.items()},
+    }
+
+
+def positive_integer(text: str) -> int:
+    """Read a flag's number, 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    """Read the seed, 0 to 2**32 - 1."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
+def number_or_share(text: str) -> int | str:
+    """Read --slots: a number of rows, or a share of them such as 1.5%."""
+    if not re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+%", text) or not float(text.rstrip("%")) > 0:
+        raise argparse.ArgumentTypeError(f"expected rows or a share such as 1.5%, got {text!r}")
+    if not text.endswith("%"):
+        return int(text)
+    if float(text[:-1]) > 100:
+        raise argparse.ArgumentTypeError(f"expected a share of at most 100%, got {text!r}")
+    return text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--data", type=Path, metavar="FILE", help="Criteo log to train on, plain or .gz")
+    add("--epochs", type=positive_integer, help="passes over the training lines of --data; 1")
+    add(
+        "--rows",
+        type=positive_integer,
+        help="rows of all tables; synthetic: scales them, from 33,762,577; --data: hashes to them",
+    )
+    add("--dim", type=positive_integer, default=16, help="weights a row (%(default)s)")
+    slots = parser.add_mutually_exclusive_group()
+    slots.add_argument(
+        "--slots",
+        type=number_or_share,
+        default="1.5%",
+        help="rows on the device, as a number or a share (%(default)s)",
+    )
+    slots.add_argument("--no-cache", action="store_true", help="keep every row on the device")
+    add("--window", type=positive_integer, default=8, help="batches to plan ahead (%(default)s)")
+    add("--batch-size", type=positive_integer, default=2048, help="samples a step (%(default)s)")
+    add(
+        "--optimizer",
+        choices=ROW_OPTIMIZERS,
+        default="rowwise_adagrad",
+        help="of the rows (%(default)s); the dense parameters have adam",
+    )
+    add(
+        "--steps",
+        type=positive_integer,
+        help=f"batches to train on; synthetic: {DEFAULT_STEPS}, --data: all, and no more than that",
+    )
+    add("--seed", type=seed_number, default=0, help="of log, rows and model (%(default)s)")
+    add("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line `argv` and return the figures; bad arguments exit with one line."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.epochs and not arguments.data:
+        parser.error("argument --epochs: needs --data")
+    if arguments.summary and not arguments.summary.parent.is_dir():
+        parser.error(f"argument --summary: no folder {arguments.summary.parent}")
+    sizes = (arguments.rows, arguments.batch_size, arguments.steps)
+    try:
+        if arguments.data:
+            data = criteo_data(arguments.data, *sizes, epochs=arguments.epochs or 1)
+        else:
+            data = synthetic_data(*sizes, seed=arguments.seed)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        summary = run(arguments, data)
+    except jc.TooFewSlots as error:
+        parser.error(f"argument --slots: {error}")
+    if arguments.summary:
+        # JSON has no NaN: null stands for it, as for the AUC of labels that are all alike.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in summary.items()
+        }
+        arguments.summary.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
