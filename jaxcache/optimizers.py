@@ -140,6 +140,7 @@ class RowOptimizer:
             for value in [
                 *self._recorded.consts,
                 *(_value(v) for e in self._recorded.jaxpr.eqns for v in e.invars if _is_constant(v)),
+                *(_value(v) for v in self._recorded.jaxpr.outvars if _is_constant(v)),
             ]
         )
         self._identity = (dim, str(self._treedef), self._is_row, _canonical(self._recorded))
@@ -235,7 +236,7 @@ class RowOptimizer:
             if not equation.primitive.multiple_results:
                 outputs = [outputs]
             values.update(zip(equation.outvars, outputs, strict=True))
-        outputs = [v.val if isinstance(v, jex.Literal) else values[v] for v in jaxpr.outvars]
+        outputs = [read(variable) for variable in jaxpr.outvars]
         weights, rest = outputs[0], outputs[1:]
         rows = len(self.row_shapes)
         return weights, tuple(rest[:rows]), tuple(rest[rows:])
@@ -291,8 +292,8 @@ def _canonical(recorded) -> str:
     """The text of a jaxpr with its lifted constants left out: equal texts compute the same function of them."""
     names: dict[Any, str] = {}
 
-    def name(variable, lifted=True):
-        if lifted and _is_constant(variable):
+    def name(variable):
+        if _is_constant(variable):
             return f"constant:{variable.aval.dtype}"
         if isinstance(variable, jex.Literal):
             return f"{variable.val}:{variable.aval}"
@@ -303,7 +304,7 @@ def _canonical(recorded) -> str:
     for equation in jaxpr.eqns:
         inputs, outputs = " ".join(map(name, equation.invars)), " ".join(map(name, equation.outvars))
         lines.append(f"{outputs} = {equation.primitive} {sorted(equation.params.items())} {inputs}")
-    lines.append(" ".join(name(variable, lifted=False) for variable in jaxpr.outvars))
+    lines.append(" ".join(map(name, jaxpr.outvars)))
     lines += [f"{value.dtype}{value.shape} {value.tobytes().hex()}" for value in _nested_constants(jaxpr)]
     return "\n".join(lines)
 

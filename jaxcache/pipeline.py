@@ -369,11 +369,7 @@ class LookAhead:
             raise RuntimeError(
                 f"exchange got the plan of another batch: give the plan yielded last, with batch {self._number - 1}"
             )
-        with self._progress:
-            while self._exchanged - self._landed >= _RETURNING_BATCHES and self._write_error is None:
-                self._progress.wait(_POLL_SECONDS)
-                self._raise_if_interrupted()
-            self._raise_write_error()
+        self._wait_for_landing()
         state, receipt = self._programs[len(ready.exchange.slots)](cache, ready.exchange)
         self._current = None
         self._store.mark_behind()
@@ -382,6 +378,20 @@ class LookAhead:
         self._returning.put((ready.planned, receipt), self._stages["step"])
         self._count_exchange(ready)
         return state
+
+    def _wait_for_landing(self) -> None:
+        """Waits while as many exchanges are under way as may be: the device, or the write-back, is behind."""
+        started, written = time.perf_counter(), self._stages["write-back"].busy
+        with self._progress:
+            while self._exchanged - self._landed >= _RETURNING_BATCHES and self._write_error is None:
+                self._progress.wait(_POLL_SECONDS)
+                self._raise_if_interrupted()
+            self._raise_write_error()
+        # While victims are being written the step waits for them; the rest of the time the device is at work.
+        waited = min(time.perf_counter() - started, self._stages["write-back"].busy - written)
+        self._stages["step"].wait += waited
+        if self._handed_over is not None:
+            self._handed_over += waited
 
     def flush(self, cache: CacheState) -> CacheState:
         """Writes every row that is newer in the cache home to the store; residency and the plans ahead stay.

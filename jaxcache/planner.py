@@ -330,8 +330,8 @@ class LookAheadPlanner:
 
     def observe(self, ids: list[np.ndarray], tables: list[int]) -> Observed:
         """See `Planner.observe`."""
-        if len(self._window) >= self._buckets:
-            raise RuntimeError(f"more than {self._buckets} batches observed and not planned")
+        if len(self._window) >= self._buckets - 1:
+            raise RuntimeError(f"the window is full: {len(self._window)} batches are observed and not planned")
         lookups = sum(map(len, ids))
         self._reserve(lookups)
         inverse, occurrences = np.empty(lookups, np.int32), np.empty(lookups, np.int32)

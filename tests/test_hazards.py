@@ -59,10 +59,25 @@ def test_a_slow_part_changes_no_bit(slow, window):
         store = slowed(store, slow, 0.02)
     result = train(store, loader, most_unique_rows(BATCHES), window)
     result.assert_same_bits(expected)
-    slowest = {"write": "write-back", "read": "collect", "loader": "loader"}[slow]
-    stages = result.report.stages
-    others = [stages[name].busy for name in ("plan", "send")]
-    assert stages[slowest].busy > 0.02 * 10 > max(others)
+
+
+@pytest.mark.parametrize(("slow", "stage"), [("write", "write-back"), ("read", "collect"), ("loader", "loader")])
+def test_the_report_names_the_stage_that_bounds_the_run(slow, stage):
+    fast = train(make_store("sgd"), BATCHES, 16)  # compiles, which would count as the step's time
+    store, loader = make_store("sgd"), BATCHES
+    if slow == "loader":
+        loader = slow_loader(BATCHES, 0.03)
+    else:
+        store = slowed(store, slow, 0.03)
+    report = train(store, loader, 16).report
+    assert report.bound_by == stage
+    assert f"{stage:<12}" in str(report) and "<- bounds the run" in str(report)
+    assert report.stages[stage].busy > 0.03 * 10 > fast.report.stages[stage].busy
+
+
+def test_a_slow_step_is_named_as_well():
+    report = train(make_store("sgd"), BATCHES, 16, between=lambda ahead, cache, step: time.sleep(0.03) or cache).report
+    assert report.bound_by == "step"
 
 
 def test_a_row_that_is_evicted_and_fetched_again_every_step():
