@@ -33,7 +33,7 @@ from criteo import read_criteo
 from dlrm import DLRM, auc
 from synthetic import KAGGLE_CARDINALITIES, ClickLog, scaled_cardinalities
 
-DEFAULT_STEPS = 800
+DEFAULT_STEPS = 500
 TEST_BATCHES = 40
 # Batches of the synthetic log that no training reaches.
 FIRST_TEST_BATCH = 10**12

@@ -174,6 +174,7 @@ class LookAhead:
         self._started = self._entered = self._left = False
         self._first_step = 0
         self._current: _Ready | None = None
+        self._flushed_before_update = False
         self._number = 0
         self._handed_over: float | None = None
         self._interrupted = False
@@ -321,6 +322,10 @@ class LookAhead:
         self._count_step()
         self._require_running("next()")
         self._raise_if_interrupted()
+        if self._flushed_before_update:
+            # The loop was not left after that flush, so the update that was still to come has been made since.
+            self._flushed_before_update = False
+            self._store.mark_behind()
         if self._current is not None:
             raise RuntimeError(
                 f"batch {self._number - 1} was not exchanged: the first line of the loop must be "
@@ -429,6 +434,7 @@ class LookAhead:
                 )
             # A cache that met a fault has kept its last good rows: they are saved before the fault is raised.
             self._write_dirty_rows(cache)
+            self._flushed_before_update = int(cache.step) < found
             fault = int(cache.fault)
             if faulty is None and fault != CacheState.NO_FAULT:
                 faulty = _FaultError(_explain_fault(fault, int(cache.step), found, newest))

@@ -175,6 +175,19 @@ def test_reading_the_store_without_flush():
         again.start()
 
 
+def test_a_flush_between_exchange_and_update_does_not_hide_the_update():
+    store = make_store("sgd")
+    with look_ahead(store, BATCHES[:1]) as ahead:
+        cache, dense = ahead.start(), dense_start()
+        for batch, plan in ahead:
+            cache = ahead.flush(ahead.exchange(cache, plan))
+            cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+    with pytest.raises(RuntimeError, match="call `cache = ahead.flush"):
+        store.rows("user", [1])
+    ahead.flush(cache)
+    assert store.step == 1
+
+
 def test_a_second_open_pipeline():
     store = make_store("sgd")
     with look_ahead(store) as ahead:
