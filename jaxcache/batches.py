@@ -18,9 +18,14 @@ from jaxcache.tables import Group, check_ids
 
 @numba.njit(cache=True, nogil=True)
 def _hash_words(words, value):
-    for word in words:
-        value = mix(value ^ word)
-    return value
+    # Four chains of multiplications that do not wait for each other.
+    a, b, c, d = value, mix(value), ~value, mix(~value)
+    whole = len(words) // 4 * 4
+    for i in range(0, whole, 4):
+        a, b, c, d = mix(a ^ words[i]), mix(b ^ words[i + 1]), mix(c ^ words[i + 2]), mix(d ^ words[i + 3])
+    for i in range(whole, len(words)):
+        a = mix(a ^ words[i])
+    return mix(mix(mix(a ^ b) ^ c) ^ d)
 
 
 def fingerprint(leaves: list[np.ndarray]) -> int:

@@ -178,9 +178,9 @@ class HostStore:
         )
 
     def _reserve(self, count: int) -> None:
-        """Grows the arrays of written rows to hold `count`, by a quarter each time: growth copies and wastes little."""
+        """Grows the arrays of written rows to hold `count`, by doubling: memory is not touched before it is written."""
         if count > len(self._rows.weights):
-            larger = self._allocate(max(count, self._written + self._written // 4, 1024))
+            larger = self._allocate(max(count, 2 * self._written, 1024))
             for new, old in zip(self._leaves(larger), self._leaves(self._rows), strict=True):
                 new[: self._written] = old[: self._written]
             self._rows = larger
