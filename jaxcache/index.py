@@ -7,8 +7,15 @@ the next cell, and removal shifts the cells behind it back, so that no tombstone
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core.types import intp, void
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 ABSENT = -1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -24,6 +31,26 @@ def mix(word: np.uint64) -> np.uint64:
     word = (word ^ (word >> _30)) * _FIRST
     word = (word ^ (word >> _27)) * _SECOND
     return word ^ (word >> _31)
+
+
+def _prefetch(typing_context, array, i):
+    """Asks for the cache line of `array[i]`, on the first axis: reads at random wait for memory, unless asked early."""
+
+    def generate(context, builder, signature, arguments):
+        data = make_array(array)(context, builder, arguments[0])
+        word, flag = ir.IntType(64), ir.IntType(32)
+        offset = builder.mul(arguments[1], builder.extract_value(data.strides, 0))
+        address = builder.inttoptr(builder.add(builder.ptrtoint(data.data, word), offset), ir.IntType(8).as_pointer())
+        type_ = ir.FunctionType(ir.VoidType(), [address.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0")
+        # For reading, to be kept in all caches, data and not code.
+        builder.call(function, [address, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return void(array, intp), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
 
 
 def empty(capacity: int) -> np.ndarray:

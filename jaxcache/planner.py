@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from jaxcache import index
-from jaxcache.index import ABSENT
+from jaxcache.index import ABSENT, prefetch
 from jaxcache.tables import Group
 
 
@@ -78,11 +78,8 @@ class Planner(Protocol):
 _ENTRY = np.dtype(
     [
         ("key", np.int64),
-        ("use", np.int64),  # place in the uses of the row's latest use
-        ("batch", np.int64),  # latest batch that wants the row
-        ("evicted", np.int64),  # batch that evicted it, ABSENT once that is long ago
-        ("position", np.int32),  # place among the unique rows of `batch`
-        ("wanted", np.int32),  # batches of the window that want it
+        ("use", np.int64),  # place of the row's latest use in the uses: those of the window are still to come
+        ("evicted", np.int32),  # batch that evicted it, ABSENT once that is long ago
         ("slot", np.int32),  # ABSENT if not resident
         ("previous", np.int32),
         ("next", np.int32),
@@ -91,6 +88,7 @@ _ENTRY = np.dtype(
 )
 _RECENT = 0  # the list of resident rows that no batch of the window wants, least recently used first
 _FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES = range(4)  # fields of `counters`
+_AHEAD = 32  # how far the loops ask for memory before they need it; measured, 16 to 64 are alike
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -119,42 +117,56 @@ def _new_entry(entries, cells, counters, key):
         counters[_ENTRIES] += 1
     entries[e].key = key
     entries[e].use = ABSENT
-    entries[e].batch = ABSENT
     entries[e].evicted = ABSENT
-    entries[e].wanted = 0
     entries[e].slot = ABSENT
     index.insert(cells, key, e)
     return e
 
 
 @numba.njit(cache=True, nogil=True)
-def _observe(ids, base, batch, buckets, cells, entries, uses, counters, inverse, occurrences, unique):
-    """Adds the lookups of one feature to `batch`, which has `unique` rows so far. Returns the number it then has."""
+def _observe(ids, base, batch, window, buckets, cells, entries, uses, counters, inverse, occurrences, unique):
+    """Adds the lookups of one feature to `batch`, which has `unique` rows so far. Returns the number it then has.
+
+    `window` is the place of the first use that is not planned yet.
+    """
     use_mask = uses.shape[0] - 1
     bucket = 1 + batch % buckets
-    for i in range(ids.shape[0]):
-        key = np.int64(np.uint64(ids[i]) + base)
-        e = index.find(cells, key)
-        if e == ABSENT:
-            e = _new_entry(entries, cells, counters, key)
-        if entries[e].batch != batch:
-            use = counters[_USES] + unique
-            uses[use & use_mask, 0] = e
-            uses[use & use_mask, 1] = ABSENT
-            if entries[e].wanted > 0:
-                uses[entries[e].use & use_mask, 1] = batch
-            elif entries[e].slot != ABSENT:
-                _unlink(entries, e)
-                _append(entries, bucket, e)
-            entries[e].wanted += 1
-            entries[e].use = use
-            entries[e].batch = batch
-            entries[e].position = unique
-            occurrences[unique] = 0
-            unique += 1
-        position = entries[e].position
-        inverse[i] = position
-        occurrences[position] += 1
+    first = counters[_USES]
+    lookups = ids.shape[0]
+    found = np.empty(_AHEAD, np.int64)
+    for i in range(min(_AHEAD, lookups)):
+        prefetch(cells, index.home(cells, np.int64(np.uint64(ids[i]) + base)))
+    for start in range(0, lookups, _AHEAD):
+        stop = min(start + _AHEAD, lookups)
+        for i in range(stop, min(stop + _AHEAD, lookups)):
+            prefetch(cells, index.home(cells, np.int64(np.uint64(ids[i]) + base)))
+        for i in range(start, stop):
+            e = index.find(cells, np.int64(np.uint64(ids[i]) + base))
+            found[i - start] = e
+            if e != ABSENT:
+                prefetch(entries, e)
+        for i in range(start, stop):
+            e = found[i - start]
+            if e == ABSENT:
+                key = np.int64(np.uint64(ids[i]) + base)
+                e = index.find(cells, key)  # the row may have come in with a lookup just before
+                if e == ABSENT:
+                    e = _new_entry(entries, cells, counters, key)
+            if entries[e].use < first:  # its first lookup in this batch
+                use = first + unique
+                uses[use & use_mask, 0] = e
+                uses[use & use_mask, 1] = ABSENT
+                if entries[e].use >= window:
+                    uses[entries[e].use & use_mask, 1] = batch
+                elif entries[e].slot != ABSENT:
+                    _unlink(entries, e)
+                    _append(entries, bucket, e)
+                entries[e].use = use
+                occurrences[unique] = 0
+                unique += 1
+            position = entries[e].use - first
+            inverse[i] = position
+            occurrences[position] += 1
     return unique
 
 
@@ -173,8 +185,9 @@ def _plan(
         return ABSENT, 0, ABSENT
     misses = 0
     for u in range(unique):
+        if u + _AHEAD < unique:
+            prefetch(entries, uses[(first_use + u + _AHEAD) & use_mask, 0])
         e = uses[(first_use + u) & use_mask, 0]
-        entries[e].wanted -= 1
         if entries[e].slot != ABSENT:
             _unlink(entries, e)  # in no list while the batch is planned, so that no victim is taken from it
         else:
@@ -184,6 +197,8 @@ def _plan(
     evicted, wait_for = 0, ABSENT
     farthest = observed - 1
     for m in range(misses):
+        if m + _AHEAD < misses:
+            prefetch(entries, uses[(first_use + missed[m + _AHEAD]) & use_mask, 0])
         e = uses[(first_use + missed[m]) & use_mask, 0]
         if counters[_OCCUPIED] < capacity:
             slot = counters[_OCCUPIED]
@@ -212,6 +227,8 @@ def _plan(
             wait_for = entries[e].evicted
 
     for u in range(unique):
+        if u + _AHEAD < unique:
+            prefetch(entries, uses[(first_use + u + _AHEAD) & use_mask, 0])
         use = (first_use + u) & use_mask
         e = uses[use, 0]
         unique_slots[u] = entries[e].slot
@@ -221,13 +238,21 @@ def _plan(
 
 
 @numba.njit(cache=True, nogil=True)
-def _forget(batch, victims, cells, entries, counters):
-    """Drops the entries of rows that `batch` evicted and that nothing has brought back or wants."""
-    for e in victims:
+def _forget(batch, victims, window, cells, entries, counters):
+    """Drops the entries of rows that `batch` evicted and that nothing has brought back or wants.
+
+    `window` is the place of the first use that is not planned yet.
+    """
+    for v in range(victims.shape[0]):
+        if v + _AHEAD < victims.shape[0]:
+            prefetch(entries, victims[v + _AHEAD])
+        if v + _AHEAD // 2 < victims.shape[0]:
+            prefetch(cells, index.home(cells, entries[victims[v + _AHEAD // 2]].key))
+        e = victims[v]
         if entries[e].evicted != batch:
             continue
         entries[e].evicted = ABSENT
-        if entries[e].slot == ABSENT and entries[e].wanted == 0:
+        if entries[e].slot == ABSENT and entries[e].use < window:
             index.remove(cells, entries[e].key)
             entries[e].next = counters[_FREE_ENTRY]
             counters[_FREE_ENTRY] = e
@@ -336,9 +361,10 @@ class LookAheadPlanner:
         self._reserve(lookups)
         inverse, occurrences = np.empty(lookups, np.int32), np.empty(lookups, np.int32)
         start = unique = 0
+        window = self._window[0][1] if self._window else int(self._counters[_USES])
         for feature, table in zip(ids, tables, strict=True):
             unique = _observe(
-                feature, self._group.bases[table], self._observed, self._buckets, self._cells, self._entries,
+                feature, self._group.bases[table], self._observed, window, self._buckets, self._cells, self._entries,
                 self._uses, self._counters, inverse[start : start + len(feature)], occurrences, unique,
             )  # fmt: skip
             start += len(feature)
@@ -353,9 +379,8 @@ class LookAheadPlanner:
         observed, first_use = self._window[0]
         unique = len(observed.occurrences)
         if len(self._victims) > self._memory:
-            _forget(
-                self._planned - len(self._victims), self._victims.popleft(), self._cells, self._entries, self._counters
-            )
+            batch, victims = self._planned - len(self._victims), self._victims.popleft()
+            _forget(batch, victims, first_use, self._cells, self._entries, self._counters)
         unique_slots = np.empty(unique, np.int32)
         missed, slots, victim_entries = (np.empty(unique, np.int32) for _ in range(3))
         fetched, victims = np.empty(unique, np.int64), np.empty(unique, np.int64)

@@ -59,7 +59,7 @@ class CacheState:
         buffer: `Rows` with a leading axis of slots.
         slot_table: `int32[slots, 3]`, the row that each slot holds: position of its table in `group` (FREE where the
             slot is free), high and low 32 bits of its id.
-        counts: `int32[slots]`, lookups of the row since it came in; 0 where free.
+        counts: `int32[slots]`, lookups of the row since it came in, at most 2**31 - 1; 0 where free.
         dirty: `bool[slots]`, whether the row was updated since it came in or was last flushed.
         scalars: the optimizer's scalars, such as step counts; they advance once an update.
         hyperparameters: constants of the optimizer, such as its rate.
@@ -223,18 +223,24 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
     accept = _ready(cache, plan)
     scalars = cache.scalars
 
-    def updated(old: Rows) -> Rows:
+    def updated(old):
         nonlocal scalars
+        rows, counts, dirty = old
         weights, state, scalars = cache.optimizer.update(
-            summed, old.weights, old.state, cache.scalars, cache.hyperparameters
+            summed, rows.weights, rows.state, cache.scalars, cache.hyperparameters
         )
-        return Rows(weights, state)
+        most = jnp.iinfo(counts.dtype).max  # a hot row of a long run stays there
+        counts = jnp.where(counts > most - plan.occurrences, most, counts + plan.occurrences)
+        return Rows(weights, state), counts, jnp.ones_like(dirty)
 
+    buffer, counts, dirty = kernels.update(
+        (cache.buffer, cache.counts, cache.dirty), plan.unique_slots, updated, accept
+    )
     return dataclasses.replace(
         cache,
-        buffer=kernels.update(cache.buffer, plan.unique_slots, updated, accept),
-        counts=cache.counts.at[plan.unique_slots].add(jnp.where(accept, plan.occurrences, 0), mode="drop"),
-        dirty=cache.dirty.at[jnp.where(accept, plan.unique_slots, cache.slots)].set(True, mode="drop"),
+        buffer=buffer,
+        counts=counts,
+        dirty=dirty,
         scalars=jax.tree.map(lambda new, old: jnp.where(accept, new, old), scalars, cache.scalars),
         step=cache.step + accept.astype(jnp.int32),
         fault=_fault(cache, accept, CacheState.UPDATE_MISMATCH),
@@ -282,14 +288,19 @@ def apply_exchange(cache: CacheState, exchange: Exchange) -> tuple[CacheState, R
     accept = (cache.step == exchange.step) & (cache.exchanged == exchange.step) & (cache.fault == CacheState.NO_FAULT)
     fault = _fault(cache, accept, CacheState.EXCHANGE_MISMATCH)
     record = jnp.stack([fault, cache.step, cache.exchanged, accept.astype(jnp.int32)])
-    buffer, outgoing = kernels.exchange(cache.buffer, exchange.slots, exchange.rows, accept)
-    places = jnp.where(accept, exchange.slots, cache.slots)
+    size = exchange.slots.shape
+    (buffer, slot_table, counts, dirty), (outgoing, *_) = kernels.exchange(
+        (cache.buffer, cache.slot_table, cache.counts, cache.dirty),
+        exchange.slots,
+        (exchange.rows, exchange.slot_table, jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)),
+        accept,
+    )
     state = dataclasses.replace(
         cache,
         buffer=buffer,
-        slot_table=cache.slot_table.at[places].set(exchange.slot_table, mode="drop"),
-        counts=cache.counts.at[places].set(0, mode="drop"),
-        dirty=cache.dirty.at[places].set(False, mode="drop"),
+        slot_table=slot_table,
+        counts=counts,
+        dirty=dirty,
         exchanged=cache.exchanged + accept.astype(jnp.int32),
         fault=fault,
     )

@@ -160,6 +160,8 @@ class HostStore:
 
     def write(self, keys: np.ndarray, rows: Rows) -> None:
         """Sets the rows at `keys` (`int64[N]`, each once) to the first N of `rows`."""
+        if len(keys) == 0:
+            return
         positions = np.empty(len(keys), np.int64)
         with self._lock:
             self._reserve(self._written + len(keys))

@@ -145,10 +145,12 @@ class Group:
 
     @property
     def dim(self) -> int:
+        """Weights a row, the same for all tables."""
         return self.tables[0].dim
 
     @property
     def rows(self) -> int:
+        """Rows of all tables together."""
         return sum(int(table.rows) for table in self.tables)
 
     @cached_property
@@ -197,11 +199,13 @@ def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
         ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
     """
     array = np.asarray(ids)
+    if array.size == 0:
+        return np.zeros(array.shape, np.int64)  # an empty list has no dtype of its own
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"ids of feature {feature!r} are {array.dtype}; ids must be integers (ids.astype(np.int64))")
     # One unsigned comparison finds both: a negative id is a huge unsigned one.
     flat = np.ascontiguousarray(array).reshape(-1)
-    wide = flat.astype(np.uint64, copy=False) if flat.dtype.kind == "u" else flat.astype(np.int64, copy=False)
+    wide = flat.astype(np.int64, copy=False)
     wrong = wide.view(np.uint64) >= np.uint64(rows)
     if wrong.any():
         place = int(np.argmax(wrong))

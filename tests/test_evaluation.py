@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ import jaxcache as jc
 from training import (
     OPTIMIZERS,
     ROWS,
+    SAMPLES,
     TABLES,
     dense_start,
     loss_function,
@@ -119,3 +123,18 @@ def test_counts_are_the_lookups_since_a_row_came_in(slots, window):
     train(make_store("sgd"), BATCHES, slots, window, between=between)
     assert total == sum(len(ids) for batch in BATCHES for ids in batch["ids"].values())
     assert len(expected) == (slots if isinstance(slots, int) else ROWS * len(TABLES))
+
+
+def test_the_count_of_a_hot_row_stays_at_the_most_that_an_integer_holds():
+    most = np.iinfo(np.int32).max
+    counts = []
+
+    def between(ahead, cache, step):
+        counts.append(np.array(cache.counts))
+        if step == 1:
+            near = jnp.where(cache.counts > 0, jnp.int32(most - 3), cache.counts)
+            cache = dataclasses.replace(cache, counts=near)
+        return cache
+
+    train(make_store("sgd"), [*make_batches(3, ["equal"])] * 3, 20, between=between)
+    assert counts[0].max() == SAMPLES and counts[1].max() == counts[2].max() == most and counts[2].min() == 0

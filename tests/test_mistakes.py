@@ -182,7 +182,7 @@ def test_a_flush_between_exchange_and_update_does_not_hide_the_update():
         for batch, plan in ahead:
             cache = ahead.flush(ahead.exchange(cache, plan))
             cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
-    with pytest.raises(RuntimeError, match="call `cache = ahead.flush"):
+    with pytest.raises(RuntimeError, match=r"call `cache = ahead\.flush"):
         store.rows("user", [1])
     ahead.flush(cache)
     assert store.step == 1

@@ -1,0 +1,69 @@
+"""The benchmarks run, on sizes that say nothing about speed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(name, *arguments):
+    # In a process of its own: without the strict settings of the tests, and as users start it.
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The records of the tiny case."""
+    out = tmp_path_factory.mktemp("benchmark") / "records.json"
+    sizes = ("--case", "tiny", "--optimizer", "adagrad", "--rounds", "2", "--turn", "2", "--dense-rounds", "1")
+    done = run("embedding.py", *sizes, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "equal to the bit" in done.stdout
+    assert "dense steps equal to rounding" in done.stdout
+    assert "not warm" not in done.stdout
+    return json.loads(out.read_text())
+
+
+def test_every_contender_of_both_models_has_a_record(records):
+    found = [(record["model"], record["contender"]) for record in records["records"]]
+    contenders = ("cached 1.5%", "cached 5%", "uncached", "dense")
+    assert found == [(model, contender) for model in ("embedding", "dlrm") for contender in contenders]
+    for record in records["records"]:
+        first, third = record["wall_quartiles_ms"]
+        assert 0 < first <= record["wall_ms"] <= third
+        assert record["cpu_ms"] > 0
+        assert record["ratio_to_uncached"] > 0
+
+
+def test_figures_cover_the_timed_steps_alone(records):
+    by_name = {record["contender"]: record for record in records["records"] if record["model"] == "embedding"}
+    for name, record in by_name.items():
+        assert record["steps"] == (1 if name == "dense" else 4)
+    # Cold misses would fill the cache; in a warm one as many rows leave as come.
+    small, large = by_name["cached 1.5%"], by_name["cached 5%"]
+    assert 0 < small["hit_rate"] < large["hit_rate"] < 1
+    for record in (small, large):
+        missed = record["unique_rows_a_step"] * (1 - record["hit_rate"])
+        assert record["rows_fetched_a_step"] == pytest.approx(missed)
+    assert by_name["uncached"]["rows_fetched_a_step"] == 0
+    assert by_name["uncached"]["hit_rate"] == 1
+    assert all(0 <= busy < 1000 for record in (small, large) for busy in record["stage_busy_ms"].values())
+    assert small["stage_busy_ms"]["loader"] < 100  # the time at the closed gate is taken off
+
+
+def test_says_what_was_measured_where(records):
+    assert {"python", "jax", "numba", "optax", "processor", "cores"} <= records["environment"].keys()
+    assert records["case"]["name"] == "tiny"
+
+
+def test_an_unknown_case_is_an_error_that_names_the_known_ones():
+    done = run("embedding.py", "--case", "nonsense")
+    assert done.returncode == 2
+    assert "peers" in done.stderr
