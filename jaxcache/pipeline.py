@@ -200,7 +200,7 @@ class LookAhead:
         with self._progress:
             self._left = True
             self._progress.notify_all()
-            self._progress.wait_for(lambda: self._landed == self._exchanged or self._write_error is not None)
+            self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
         self._returning.close()
         for thread in self._threads:
             # The loader's thread may sit in the user's own next(); it is a daemon and ends with it.
@@ -378,9 +378,10 @@ class LookAhead:
         state, receipt = self._programs[len(ready.exchange.slots)](cache, ready.exchange)
         self._current = None
         self._store.mark_behind()
+        # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
+        self._returning.put((ready.planned, receipt), self._stages["step"])
         with self._progress:
             self._exchanged += 1
-        self._returning.put((ready.planned, receipt), self._stages["step"])
         self._count_exchange(ready)
         return state
 
@@ -420,7 +421,7 @@ class LookAhead:
             self._store.open(self)  # raises if another pipeline has the store now
         try:
             with self._progress:
-                self._progress.wait_for(lambda: self._landed == self._exchanged or self._write_error is not None)
+                self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
                 faulty = self._write_error
                 if not isinstance(faulty, _FaultError):
                     self._raise_write_error()

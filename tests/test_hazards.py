@@ -274,6 +274,14 @@ def test_a_loader_that_yields_one_batch_again_and_again_is_fine():
 # Ctrl-C
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in an interactive program: a shell starts background jobs with it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def interrupted_run(interrupt_at: float) -> tuple[jc.HostStore, jc.CacheState, int]:
     """Trains on an endless loader until Ctrl-C, sent after `interrupt_at` seconds, stops it. Returns what is left."""
 
@@ -298,6 +306,7 @@ def interrupted_run(interrupt_at: float) -> tuple[jc.HostStore, jc.CacheState, i
     return store, cache, steps
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_never_loses_the_cache():
     random = standard_random.Random(0)
     before = signal.getsignal(signal.SIGINT)
@@ -308,6 +317,7 @@ def test_ctrl_c_never_loses_the_cache():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_a_call_and_a_second_one_does_not():
     with jc.LookAhead(make_store("sgd"), BATCHES, ids=lambda b: b["ids"], slots=20) as ahead:
         cache = ahead.start()
@@ -323,6 +333,7 @@ def test_ctrl_c_waits_for_a_call_and_a_second_one_does_not():
             next(ahead)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_waiting_for_a_stuck_loader():
     gate = threading.Event()
 
@@ -340,6 +351,7 @@ def test_ctrl_c_while_waiting_for_a_stuck_loader():
     gate.set()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_the_last_lines_of_the_block_is_not_forgotten():
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
         with jc.LookAhead(make_store("sgd"), BATCHES, ids=lambda b: b["ids"], slots=20) as ahead:
@@ -347,6 +359,7 @@ def test_ctrl_c_during_the_last_lines_of_the_block_is_not_forgotten():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_programs_own_handler_of_ctrl_c_is_left_alone():
     calls = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
