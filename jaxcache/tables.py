@@ -192,7 +192,7 @@ class Group:
 
 
 def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
-    """`ids` as a C-ordered `int64` array of the same shape.
+    """A new C-ordered `int64` array of `ids`, of the same shape: what was checked stays so, whoever writes into `ids`.
 
     Raises:
         TypeError: for anything but integers.
@@ -204,8 +204,8 @@ def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"ids of feature {feature!r} are {array.dtype}; ids must be integers (ids.astype(np.int64))")
     # One unsigned comparison finds both: a negative id is a huge unsigned one.
-    flat = np.ascontiguousarray(array).reshape(-1)
-    wide = flat.astype(np.int64, copy=False)
+    flat = array.reshape(-1)
+    wide = flat.astype(np.int64)
     wrong = wide.view(np.uint64) >= np.uint64(rows)
     if wrong.any():
         place = int(np.argmax(wrong))

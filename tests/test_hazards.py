@@ -267,6 +267,27 @@ def test_a_loader_that_reuses_its_arrays_is_an_error_unless_batches_are_copied()
     train(make_store("sgd"), reusing(), 16, copy=True).assert_same_bits(expected)
 
 
+@pytest.mark.parametrize("slots", [200, "100%"])
+def test_a_loader_that_writes_ids_out_of_range_into_its_array_crashes_nothing(slots):
+    """The planner reads ids without looking at their range again, in native code."""
+
+    def hashing():
+        ids, random = np.zeros(2_000, np.int64), np.random.default_rng(0)
+        for _ in range(50):
+            ids[:] = random.integers(0, 2**48, len(ids))
+            time.sleep(0.001)
+            ids %= 100
+            yield {"user": ids}
+
+    store = jc.HostStore({"user": jc.Table(1_000, 4)}, jc.rowwise_adagrad(0.1))
+    with jc.LookAhead(store, hashing(), ids=lambda b: b, slots=slots) as ahead:
+        cache = ahead.start()
+        with pytest.raises(RuntimeError, match="writes into arrays that it has yielded"):
+            for _, plan in ahead:
+                cache = ahead.exchange(cache, plan)
+                cache = jc.update(cache, plan, jc.lookup(cache, plan))
+
+
 def test_a_loader_that_yields_one_batch_again_and_again_is_fine():
     train(make_store("sgd"), [BATCHES[0]] * 10, 16, window=4)
 
