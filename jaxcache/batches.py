@@ -11,9 +11,18 @@ import jax
 import numba
 import numpy as np
 
+from jaxcache import index
 from jaxcache.index import mix
 from jaxcache.state import Plan
 from jaxcache.tables import Group, check_ids
+
+
+@numba.njit(cache=True)
+def _compiled_version():
+    return index.VERSION
+
+
+index.discard_stale(_compiled_version, __name__)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -64,8 +73,10 @@ class Batch:
     fingerprint: int
 
     @classmethod
-    def read(cls, content: Any, ids: Callable[[Any], Mapping[str, Any]], group: Group, copy: bool) -> Batch:
-        """Takes the ids out of a batch and checks them.
+    def read(
+        cls, content: Any, ids: Callable[[Any], Mapping[str, Any]], group: Group, copy: bool = False, hold: bool = True
+    ) -> Batch:
+        """Takes the ids out of a batch and checks them. With `hold`, notes what the arrays of the batch hold.
 
         Raises:
             TypeError, ValueError, KeyError: for ids that are no mapping of features to integer arrays, for unknown
@@ -79,7 +90,7 @@ class Batch:
                 f"LookAhead(ids=...) must return a mapping of feature names to ids, got {type(mapping).__name__}"
             )
         tables = [group.index(name) for name in mapping]
-        arrays = {name: np.asarray(value) for name, value in mapping.items()}
+        arrays = {name: _as_array(name, value) for name, value in mapping.items()}
         checked = [
             check_ids(array, name, int(group.tables[table].rows))
             for (name, array), table in zip(arrays.items(), tables, strict=True)
@@ -88,7 +99,7 @@ class Batch:
         if None in lengths.values() or len(set(lengths.values())) > 1:
             raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
         held, seen = [], set()
-        for leaf in [*jax.tree.leaves(content), *mapping.values()]:
+        for leaf in [*jax.tree.leaves(content), *mapping.values()] if hold else []:
             if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject and id(leaf) not in seen:
                 seen.add(id(leaf))
                 held.append(leaf)
@@ -112,11 +123,18 @@ class Batch:
             )
 
 
+def _as_array(feature: str, ids: Any) -> np.ndarray:
+    try:
+        return np.asarray(ids)
+    except ValueError as error:
+        raise ValueError(f"the ids of feature {feature!r} are no array: {error}") from error
+
+
 class Shapes:
     """What a compiled step may rely on: the full shape of a batch and a bound on its unique rows.
 
     Both only grow, so that the step is compiled anew a few times at most; the bound starts an eighth above the first
-    batch's unique rows and doubles.
+    batch's unique rows, rounded up coarsely so that another run over like batches finds its step compiled, and doubles.
 
     Attributes:
         unique_bound: the bound U.
@@ -127,31 +145,38 @@ class Shapes:
         self._slots = slots
         self._features: tuple[str, ...] | None = None
         self._full: tuple[tuple[int, ...], ...] = ()
+        self._per_sample: list[bool] = []
         self.unique_bound = 0
         self.growths = 0
 
     def fit(self, batch: Batch, unique: int) -> None:
-        """Grows to hold a batch. Raises ValueError if it has other features than those before."""
+        """Grows to hold a batch. Raises ValueError if it has other features or other shapes a sample."""
         if self._features is None:
             self._features, self._full = batch.features, batch.shapes
-            roomy = -(-(unique + unique // 8) // 128) * 128
-            self.unique_bound = max(unique, min(roomy, self._lookups))
-            return
-        if batch.features != self._features or any(
-            len(shape) != len(full) for shape, full in zip(batch.shapes, self._full, strict=True)
+            grain = max(128, 1 << max(unique.bit_length() - 4, 0))
+            roomy = -(-(unique + unique // 8) // grain) * grain
+            self.unique_bound = max(1, unique, min(roomy, self._lookups))
+        elif batch.features != self._features or any(
+            shape[1:] != full[1:] for shape, full in zip(batch.shapes, self._full, strict=True)
         ):
             raise ValueError(
-                f"every batch needs the same features in the same order: expected {self._features} with shapes like "
-                f"{self._full}, got {batch.features} with {batch.shapes}"
+                "every batch needs the same features in the same order, with the same number of ids a sample: "
+                f"expected {self._features} with shapes like {self._full}, got {batch.features} with {batch.shapes}"
             )
-        full = tuple(tuple(map(max, shape, full)) for shape, full in zip(batch.shapes, self._full, strict=True))
-        bound = self.unique_bound
-        self._full, grown = full, full != self._full
+        samples, bound = self._samples, self.unique_bound
+        if batch.samples > samples:
+            self._full = batch.shapes
         while bound < unique:
             bound *= 2
-        bound = max(unique, min(bound, self._lookups))
-        self.growths += grown or bound > self.unique_bound
+        bound = max(1, unique, min(bound, self._lookups))
+        self.growths += batch.samples > samples or bound > self.unique_bound
         self.unique_bound = max(bound, self.unique_bound)
+        if batch.samples == self._samples:
+            self._per_sample = [_length(leaf) == batch.samples for leaf in jax.tree.leaves(batch.content)]
+
+    @property
+    def _samples(self) -> int:
+        return self._full[0][0]
 
     @property
     def _lookups(self) -> int:
@@ -184,18 +209,30 @@ class Shapes:
         return out
 
     def pad(self, batch: Batch) -> Any:
-        """The content of a batch; the arrays of a short one get zeros up to the full number of samples."""
-        full = self._full[0][0]
-        if batch.samples == full:
+        """The content of a batch; a short one gets zeros up to the full number of samples.
+
+        That is, the arrays with an axis of samples do: those that had as many entries as samples in a full batch too.
+        """
+        if batch.samples == self._samples:
             return batch.content
+        leaves, treedef = jax.tree.flatten(batch.content)
+        per_sample = self._per_sample if len(self._per_sample) == len(leaves) else [True] * len(leaves)
+        return treedef.unflatten(
+            self._pad_leaf(leaf) if wanted and _length(leaf) == batch.samples else leaf
+            for leaf, wanted in zip(leaves, per_sample, strict=True)
+        )
 
-        def pad_leaf(leaf):
-            if getattr(leaf, "ndim", 0) and leaf.shape[0] == batch.samples:
-                zeros = np.zeros((full - batch.samples, *leaf.shape[1:]), leaf.dtype)
-                return np.concatenate([np.asarray(leaf), zeros])
-            return leaf
+    def _pad_leaf(self, leaf):
+        wide = np.zeros((self._samples, *leaf.shape[1:]), leaf.dtype)
+        wide[: len(leaf)] = leaf
+        if isinstance(leaf, jax.Array):  # as it was placed, or the step would be compiled anew
+            return jax.device_put(wide, leaf.sharding) if leaf.committed else jax.device_put(wide)
+        return wide
 
-        return jax.tree.map(pad_leaf, batch.content)
+
+def _length(leaf: Any) -> int | None:
+    """Length of an array's first axis; None for a scalar or another object."""
+    return leaf.shape[0] if getattr(leaf, "ndim", 0) else None
 
 
 def padded(array: np.ndarray, size: int, filler: int) -> np.ndarray:

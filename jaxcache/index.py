@@ -7,6 +7,9 @@ the next cell, and removal shifts the cells behind it back, so that no tombstone
 
 from __future__ import annotations
 
+import contextlib
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,6 +21,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 ABSENT = -1
+VERSION = zlib.crc32(Path(__file__).read_bytes())
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -51,6 +55,18 @@ def _prefetch(typing_context, array, i):
 
 
 prefetch: Any = intrinsic(_prefetch)
+
+
+def discard_stale(compiled_version: Any, module: str) -> None:
+    """Deletes what Numba has cached of a module that was compiled with another version of this file.
+
+    Numba's cache looks at the file of a function alone: functions of other modules that call those of this one would go
+    on with the old ones after it changed, and an index written by both would lose keys.
+    """
+    if compiled_version() != VERSION:
+        for path in Path(compiled_version.stats.cache_path).glob(f"{module.rpartition('.')[2]}.*.nb[ic]"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def empty(capacity: int) -> np.ndarray:
@@ -116,6 +132,26 @@ def rehash(cells, larger):
     for cell in range(cells.shape[0]):
         if cells[cell, 1] != 0:
             insert(larger, cells[cell, 0], cells[cell, 1] - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def find_all(cells, keys, out):
+    """Sets `out` to the values of `keys`, ABSENT where there is none."""
+    for i in range(keys.shape[0]):
+        out[i] = find(cells, keys[i])
+
+
+@numba.njit(cache=True, nogil=True)
+def find_or_insert_all(cells, keys, used, out):
+    """As `find_all`, but gives absent keys the values from `used` upward. Returns the first value still unused."""
+    for i in range(keys.shape[0]):
+        value = find(cells, keys[i])
+        if value == ABSENT:
+            value = used
+            used += 1
+            insert(cells, keys[i], value)
+        out[i] = value
+    return used
 
 
 def reserve(cells: np.ndarray, capacity: int) -> np.ndarray:

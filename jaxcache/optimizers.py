@@ -126,6 +126,11 @@ class RowOptimizer:
             )
         self.row_shapes = tuple(leaf for leaf, is_row in zip(one, self._is_row, strict=True) if is_row)
         state = transformation.init(jnp.zeros(dim, jnp.float32))
+        if _accumulates_steps(state):
+            raise ValueError(
+                "the optimizer saves gradients up for a later step (optax.MultiSteps, optax.apply_every): a row that "
+                "no later batch uses would lose them. Use larger batches, or sum the gradients of several before update"
+            )
         if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
             raise ValueError("the optimizer draws random numbers, which a row would get by its place in the batch")
         self.scalars = tuple(np.asarray(leaf) for leaf in self._split(jax.tree.leaves(state))[1])
@@ -144,6 +149,9 @@ class RowOptimizer:
             ]
         )
         self._identity = (dim, str(self._treedef), self._is_row, _canonical(self._recorded))
+        self._initial_rows = jax.jit(
+            jax.vmap(lambda weights: self._split(jax.tree.leaves(transformation.init(weights)))[0])
+        )
         self._initial = self._constant_state()
         self._refuse_mixing()
 
@@ -175,12 +183,8 @@ class RowOptimizer:
         # State that starts from the weights, such as a slow copy of them. Sizes are rounded up to bound compilations.
         padded = np.zeros((1 << max(len(weights) - 1, 15).bit_length(), self.dim), np.float32)
         padded[: len(weights)] = weights
-        return tuple(np.array(leaf[: len(weights)]) for leaf in self._initial_rows(padded))
-
-    def _initial_rows(self, weights):
-        leaves = jax.vmap(lambda w: self._split(jax.tree.leaves(self._transformation.init(w)))[0])
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return jax.jit(leaves)(weights)
+            return tuple(np.asarray(leaf)[: len(weights)] for leaf in self._initial_rows(padded))
 
     def _constant_state(self):
         """The initial row leaves of one row, where they do not depend on its weights; else None."""
@@ -274,6 +278,12 @@ _MIXES = (
     "norm, lamb, adafactor or apply_if_finite. The rows of a cached table are updated a batch at a time, so only "
     "transformations that treat each row by itself can work: optax.clip instead of clip_by_global_norm, for one"
 )
+
+
+def _accumulates_steps(state: Any) -> bool:
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(node, kinds) for node in nodes)
 
 
 def _is_constant(variable: Any) -> bool:

@@ -25,6 +25,7 @@ from jaxcache.state import (
     CacheState,
     Exchange,
     Plan,
+    Receipt,
     Rows,
     apply_exchange,
     init,
@@ -83,6 +84,10 @@ class _Channel:
             self._changed.notify_all()
             return item
 
+    def get_rest(self) -> Any:
+        """Takes an item without waiting, closed or not."""
+        return self._items.popleft()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -98,6 +103,7 @@ class _Ready:
     plan: Plan
     exchange: Exchange
     planned: PlannedBatch
+    lookup_hits: int
     unique_bound: int
     growths: int
 
@@ -106,7 +112,7 @@ class LookAhead:
     """Trains with rows that are on the device before their step starts, because the batches are known ahead.
 
     Iterating yields `(batch, plan)`. For each, `cache = ahead.exchange(cache, plan)` comes before the step, which calls
-    `lookup(cache, plan)` and `update(cache, plan, row_gradients)`; and before the store is read or saved,
+    `lookup(cache, plan)` and `update(cache, plan, row_gradients)`; and before the store is read,
     `cache = ahead.flush(cache)`. Threads draw, plan, collect and send the batches ahead and carry victims home.
     The stages are ScratchPipe's (Kwon & Rhu, ISCA 2022, section IV): plan, collect, exchange, insert, train.
 
@@ -115,8 +121,9 @@ class LookAhead:
 
     Args:
         store: the tables. It serves one open pipeline at a time.
-        loader: an iterable of batches, drawn in a thread of its own. Batches are held by reference, about `window` + 6
-            of them; NumPy arrays in them must not be written again unless `copy` is set.
+        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. About `window` + 6 of them are
+            held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those that were
+            drawn and not trained when the loop is left are dropped.
         ids: maps a batch to its ids: a mapping of feature names, here names of tables, to integer arrays `[B, ...]`,
             the same features in every batch and B the same for all features.
         slots: capacity of the cache in rows, or as a share of all rows such as "1.5%". It must hold the unique rows of
@@ -152,16 +159,22 @@ class LookAhead:
         window: int = 8,
         copy: bool = False,
     ):
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
             raise ValueError(f"LookAhead(window={window!r}): window must be a number of batches, at least 1")
+        if not isinstance(store, HostStore):
+            raise TypeError(f"LookAhead(store=...) needs a HostStore, got {type(store).__name__}")
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"LookAhead(loader=...) needs an iterable of batches, got {type(loader).__name__}")
+        if not callable(ids):
+            raise TypeError('LookAhead(ids=...) needs a function of a batch, such as lambda batch: batch["ids"]')
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
-        self._slots, self._window = _parse_slots(slots, store.group.rows), window
+        self._slots, self._window = _parse_slots(slots, store.group.rows), int(window)
         self._resident = self._slots == store.group.rows
         self._report = Report(
-            row_bytes=store.row_bytes, slots=self._slots, table_bytes=store.table_bytes, window=window
+            row_bytes=store.row_bytes, slots=self._slots, table_bytes=store.table_bytes, window=self._window
         )
         self._stages = self._report.stages
-        self._shapes = Shapes(self._slots)
+        self._shapes, self._evaluation_shapes = Shapes(self._slots), Shapes(0)
         self._programs: dict[int, Any] = {}
         self._drawn, self._planned = _Channel(1), _Channel(1)
         self._ready, self._returning = _Channel(_READY_BATCHES), _Channel(_RETURNING_BATCHES + 1)
@@ -171,6 +184,7 @@ class LookAhead:
         self._error: BaseException | None = None
         self._write_error: BaseException | None = None
         self._write_error_seen = False
+        self._landing: tuple[PlannedBatch, Receipt] | None = None
         self._started = self._entered = self._left = False
         self._first_step = 0
         self._current: _Ready | None = None
@@ -194,24 +208,30 @@ class LookAhead:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._count_step()
-        for channel in (self._drawn, self._planned, self._ready):
-            channel.close()
-        with self._progress:
-            self._left = True
-            self._progress.notify_all()
-            self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
-        self._returning.close()
-        for thread in self._threads:
-            # The loader's thread may sit in the user's own next(); it is a daemon and ends with it.
-            thread.join(timeout=0.2 if thread.name.endswith("loader") else None)
-        self._store.close(self)
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-        if kind is None:
+        try:
+            self._count_step()
+            for channel in (self._drawn, self._planned, self._ready):
+                channel.close()
+            with self._progress:
+                self._left = True
+                self._progress.notify_all()
+                self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
+            self._returning.close()
+            for thread in self._threads:
+                # The loader's thread may sit in the user's own next(); it is a daemon and ends with it.
+                thread.join(timeout=0.2 if thread.name.endswith("loader") else None)
+        finally:
+            # Also if an impatient second Ctrl-C came in between.
+            self._returning.close()
+            self._store.close(self)
+            if self._previous_handler is not None:
+                signal.signal(signal.SIGINT, self._previous_handler)
+        if error is None:
             if not self._write_error_seen:
                 self._raise_write_error()
             self._raise_if_interrupted()
+        elif self._write_error is not None and error is not self._write_error:
+            error.add_note(f"besides, rows could not be written back: {self._write_error!r}")
 
     def _on_interrupt(self, number, frame) -> None:
         if self._interrupted:
@@ -242,6 +262,10 @@ class LookAhead:
             raise RuntimeError("call start() inside the block: `with LookAhead(...) as ahead: cache = ahead.start()`")
         if self._started:
             raise RuntimeError("start() was called already: train on with the cache that you have")
+        if self._store.unwritten is not None:
+            raise RuntimeError(
+                "victims of an earlier pipeline could not be written home: call flush on that one, which tries again"
+            ) from self._store.unwritten
         if cache is None:
             if self._store.behind:
                 raise RuntimeError(
@@ -251,7 +275,8 @@ class LookAhead:
             cache = init(self._store, self._slots)
         else:
             cache = self._checked_warm(cache)
-        self._first_step = int(cache.step)
+        self._first_step = self._store.exchanged = int(cache.step)
+        self._device = next(iter(cache.step.devices()))
         self._report.device_bytes = cache.nbytes
         self._abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), cache)
         planner, cache = self._make_planner(cache)
@@ -271,11 +296,11 @@ class LookAhead:
         self._check_cache(cache, "start")
         if int(cache.fault) != CacheState.NO_FAULT:
             raise ValueError("the cache given to start() met a fault in its last pipeline: its steps are not sound")
-        step = int(cache.step)
-        if step < self._store.step or (step > self._store.step and not self._store.behind):
+        step, newest = int(cache.step), self._store.exchanged
+        if int(cache.exchanged) != newest:
             raise ValueError(
-                f"the cache given to start() is of step {step} and the store of step {self._store.step}: "
-                "give the cache that was flushed last, or start() with none"
+                f"the cache given to start() is of step {step} and the newest one of step {newest}: give that one, or, "
+                "if it was flushed, start() with none"
             )
         # A loop that was left between exchange and update has an exchange too many.
         return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32))
@@ -307,9 +332,8 @@ class LookAhead:
         insert = self._exchange_program(size)
         for first in range(0, self._slots, size):
             keys = np.arange(first, min(first + size, self._slots), dtype=np.int64)
-            cache, _ = insert(
-                cache, jax.device_put(self._exchange(keys, keys.astype(np.int32), size, self._first_step))
-            )
+            exchange = self._exchange(keys, keys.astype(np.int32), size, self._first_step)
+            cache, _ = insert(cache, jax.tree.map(jnp.asarray, exchange))
             cache = dataclasses.replace(cache, exchanged=jnp.array(self._first_step, jnp.int32))
         return cache
 
@@ -321,11 +345,11 @@ class LookAhead:
     def __next__(self) -> tuple[Any, Plan]:
         self._count_step()
         self._require_running("next()")
-        self._raise_if_interrupted()
         if self._flushed_before_update:
             # The loop was not left after that flush, so the update that was still to come has been made since.
             self._flushed_before_update = False
             self._store.mark_behind()
+        self._raise_if_interrupted()
         if self._current is not None:
             raise RuntimeError(
                 f"batch {self._number - 1} was not exchanged: the first line of the loop must be "
@@ -340,7 +364,11 @@ class LookAhead:
         if ready is _END:
             self._ready.put(_END, self._stages["step"])  # so that another next() ends as well
             raise StopIteration
-        ready.batch.check_unchanged(self._number)
+        try:
+            ready.batch.check_unchanged(self._number)
+        except RuntimeError as error:
+            self._error = error  # the batch is lost: none can follow it
+            raise
         self._current = ready
         self._number += 1
         self._handed_over = time.perf_counter()
@@ -372,7 +400,8 @@ class LookAhead:
             )
         if plan is not ready.plan:
             raise RuntimeError(
-                f"exchange got the plan of another batch: give the plan yielded last, with batch {self._number - 1}"
+                "exchange got the plan of another batch: give the very object that was yielded last, with batch "
+                f"{self._number - 1}"
             )
         self._wait_for_landing()
         state, receipt = self._programs[len(ready.exchange.slots)](cache, ready.exchange)
@@ -402,7 +431,8 @@ class LookAhead:
     def flush(self, cache: CacheState) -> CacheState:
         """Writes every row that is newer in the cache home to the store; residency and the plans ahead stay.
 
-        May be called between any two steps, and after the `with` block.
+        May be called between any two steps, and after the `with` block. Between a batch's exchange and its update it
+        saves the rows as they are before that update. Victims whose write-back failed are written again first.
 
         Args:
             cache: the newest cache. It is not donated.
@@ -412,7 +442,7 @@ class LookAhead:
 
         Raises:
             RuntimeError: if the cache is not the newest, or for a mistake in an earlier step that only the device saw.
-            Exception: what a write-back raised.
+            Exception: what a write-back raised, if it fails once more.
         """
         if not self._started:
             raise RuntimeError("flush needs a started pipeline: call it after `cache = ahead.start()`")
@@ -422,13 +452,13 @@ class LookAhead:
         try:
             with self._progress:
                 self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
-                faulty = self._write_error
-                if not isinstance(faulty, _FaultError):
-                    self._raise_write_error()
-            newest = self._first_step + self._landed
-            found = int(cache.exchanged)
+            if self._store.unwritten is not None:
+                self._write_again()
+            faulty = self._write_error if isinstance(self._write_error, _FaultError) else None
+            newest, found = self._store.exchanged, int(cache.exchanged)
             if found != newest:
-                self._raise_write_error()
+                if faulty is not None:
+                    self._raise_write_error()
                 raise RuntimeError(
                     f"flush got a stale cache, of step {found}; the newest is of step {newest}: assign what exchange "
                     "and the train step return, `cache = ...`, and flush that"
@@ -446,6 +476,14 @@ class LookAhead:
             if self._left:
                 self._store.close(self)
         return dataclasses.replace(cache, dirty=jnp.zeros(cache.slots, bool))
+
+    def _write_again(self) -> None:
+        """Writes home the victims whose write-back failed, and those behind them; raises what still prevents it."""
+        while self._landed < self._exchanged:
+            self._landing = self._landing or self._returning.get_rest()
+            self._land(*self._landing)
+            self._landing = None
+        self._store.unwritten, self._write_error_seen = None, True
 
     def _write_dirty_rows(self, cache: CacheState) -> None:
         dirty = np.flatnonzero(np.array(cache.dirty))
@@ -477,13 +515,12 @@ class LookAhead:
             The flushed cache, and the list of what `eval_step` returned.
         """
         cache = self.flush(cache)
-        group, shapes, outputs = self._store.group, None, []
+        group, shapes, outputs = self._store.group, self._evaluation_shapes, []
         for number, content in enumerate(loader):
             self._raise_if_interrupted()
-            batch = Batch.read(content, self._ids, group, copy=False)
+            batch = Batch.read(content, self._ids, group, hold=False)
             keys = [group.keys(table, ids) for table, ids in zip(batch.tables, batch.ids, strict=True)]
             unique, inverse, occurrences = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
-            shapes = shapes or Shapes(0)
             shapes.fit(batch, len(unique))
             bound = shapes.unique_bound
             plan = shapes.plan(
@@ -522,7 +559,7 @@ class LookAhead:
         report.steps += 1
         report.lookups += len(planned.inverse)
         report.unique_rows += len(planned.unique_slots)
-        report.lookup_hits += len(planned.inverse) - int(planned.occurrences[planned.missed].sum())
+        report.lookup_hits += ready.lookup_hits
         report.rows_fetched += len(planned.fetched)
         report.rows_written_back += len(planned.victims)
         report.unique_bound, report.bound_growths = ready.unique_bound, ready.growths
@@ -569,7 +606,8 @@ class LookAhead:
 
     def _run_stage(self, work: Callable[[], None], name: str) -> None:
         try:
-            work()
+            with jax.default_device(self._device):  # a thread has a default of its own
+                work()
         except _Closed:
             pass
         except BaseException as error:
@@ -580,6 +618,7 @@ class LookAhead:
             with self._progress:
                 if name == "write-back":
                     self._write_error = error
+                    self._store.unwritten = None if isinstance(error, _FaultError) else error
                 elif self._error is None:
                     self._error = error
                 self._progress.notify_all()
@@ -644,7 +683,9 @@ class LookAhead:
             with send.working():
                 # These arrays are fresh and never written again, so that a transfer without a copy is sound.
                 plan, exchange = jax.device_put((plan, exchange))
-                ready = _Ready(batch, content, plan, exchange, planned, self._shapes.unique_bound, self._shapes.growths)
+            hits = len(planned.inverse) - int(planned.occurrences[planned.missed].sum())
+            bound, growths = self._shapes.unique_bound, self._shapes.growths
+            ready = _Ready(batch, content, plan, exchange, planned, hits, bound, growths)
             self._ready.put(ready, send)
         self._ready.put(_END, send)
 
@@ -662,7 +703,9 @@ class LookAhead:
     def _size_class(self, rows: int) -> int:
         """The smallest size compiled for an exchange that holds `rows`; compiles all sizes when the bound is new."""
         bound = self._shapes.unique_bound
-        sizes = sorted({max(-(-bound // 2**i), min(bound, _SMALLEST_EXCHANGE)) for i in range(_SIZE_CLASSES)})
+        smallest = min(bound, _SMALLEST_EXCHANGE)
+        classes = 0 if self._resident else _SIZE_CLASSES
+        sizes = sorted({smallest, *(max(-(-bound // 2**i), smallest) for i in range(classes))})
         for size in sizes:
             if size not in self._programs:
                 self._programs[size] = self._exchange_program(size)
@@ -684,21 +727,26 @@ class LookAhead:
     def _write_back(self) -> None:
         stage = self._stages["write-back"]
         while True:
-            planned, receipt = self._returning.get(stage)
-            with stage.waiting():
-                fault, step, exchanged, accepted = np.asarray(receipt.record).tolist()
-            if not accepted:
-                expected = self._first_step + self._landed
-                raise _FaultError(_explain_fault(fault, step, exchanged, expected))
-            with stage.working():
-                if len(planned.victims):
-                    last = len(planned.fetched)
-                    part = slice(last - len(planned.victims), last)
-                    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[part], receipt.rows)  # noqa: B023
-                    self._store.write(planned.victims, rows)
-            with self._progress:
-                self._landed += 1
-                self._progress.notify_all()
+            self._landing = self._returning.get(stage)
+            self._land(*self._landing)
+            self._landing = None
+
+    def _land(self, planned: PlannedBatch, receipt: Receipt) -> None:
+        """Reads the receipt of an exchange and writes its victims home."""
+        stage = self._stages["write-back"]
+        with stage.waiting():
+            fault, step, exchanged, accepted = np.asarray(receipt.record).tolist()
+        if not accepted:
+            raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
+        with stage.working():
+            if len(planned.victims):
+                last = len(planned.fetched)
+                part = slice(last - len(planned.victims), last)
+                self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[part], receipt.rows))
+        with self._progress:
+            self._landed += 1
+            self._store.exchanged += 1
+            self._progress.notify_all()
 
 
 class _FaultError(RuntimeError):

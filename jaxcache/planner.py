@@ -91,6 +91,14 @@ _FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES = range(4)  # fields of `counters`
 _AHEAD = 32  # how far the loops ask for memory before they need it; measured, 16 to 64 are alike
 
 
+@numba.njit(cache=True)
+def _compiled_version():
+    return index.VERSION
+
+
+index.discard_stale(_compiled_version, __name__)
+
+
 @numba.njit(cache=True, nogil=True, inline="always")
 def _unlink(entries, e):
     before, after = entries[e].previous, entries[e].next
@@ -172,7 +180,7 @@ def _observe(ids, base, batch, window, buckets, cells, entries, uses, counters, 
 
 @numba.njit(cache=True, nogil=True)
 def _plan(
-    batch, observed, buckets, first_use, unique, capacity, entries, slot_entry, uses, counters,
+    batch, observed, buckets, first_use, unique, capacity, entries, uses, counters,
     unique_slots, missed, fetched, slots, victims, victim_entries,
 ):  # fmt: skip
     """Plans `batch`, whose uses start at `first_use`; `observed` is the number of batches observed.
@@ -220,7 +228,6 @@ def _plan(
             victim_entries[evicted] = v
             evicted += 1
         entries[e].slot = slot
-        slot_entry[slot] = e
         slots[m] = slot
         fetched[m] = entries[e].key
         if entries[e].evicted > wait_for:
@@ -259,12 +266,11 @@ def _forget(batch, victims, window, cells, entries, counters):
 
 
 @numba.njit(cache=True, nogil=True)
-def _admit(keys, slots, cells, entries, slot_entry, counters):
+def _admit(keys, slots, cells, entries, counters):
     """Makes rows resident, least recently used first."""
     for i in range(keys.shape[0]):
         e = _new_entry(entries, cells, counters, keys[i])
         entries[e].slot = slots[i]
-        slot_entry[slots[i]] = e
         _append(entries, _RECENT, e)
 
 
@@ -282,7 +288,8 @@ class LookAheadPlanner:
     are never evicted. Looking forward so that every step hits is ScratchPipe's idea (Kwon & Rhu, ISCA
     2022, section IV).
 
-    Memory is O(slots + rows in the window): a map from keys to entries, and the entries, both grown by doubling.
+    Memory is O(slots + rows in the window + victims remembered): a map from keys to entries, and the entries, both
+    grown by doubling.
 
     Args:
         group: the tables.
@@ -317,7 +324,6 @@ class LookAheadPlanner:
         self._entries["next"][:lists] = self._entries["previous"][:lists] = np.arange(lists)
         self._cells = index.empty(1024)
         self._uses = np.zeros((1024, 2), np.int64)
-        self._slot_entry = np.full(slots, ABSENT, np.int32)
         self._counters = np.zeros(4, np.int64)
         self._counters[_FREE_ENTRY], self._counters[_ENTRIES] = ABSENT, lists
         self._window: deque[tuple[Observed, int]] = deque()
@@ -326,7 +332,7 @@ class LookAheadPlanner:
         if resident is not None:
             keys, places = resident
             self._reserve(len(keys))
-            _admit(keys, places, self._cells, self._entries, self._slot_entry, self._counters)
+            _admit(keys, places, self._cells, self._entries, self._counters)
             self._counters[_OCCUPIED] = len(keys)
 
     def needs_window(self) -> bool:
@@ -386,7 +392,7 @@ class LookAheadPlanner:
         fetched, victims = np.empty(unique, np.int64), np.empty(unique, np.int64)
         misses, evicted, wait_for = _plan(
             self._planned, self._observed, self._buckets, first_use, unique, self._slots, self._entries,
-            self._slot_entry, self._uses, self._counters,
+            self._uses, self._counters,
             unique_slots, missed, fetched, slots, victims, victim_entries,
         )  # fmt: skip
         if misses == ABSENT:

@@ -188,7 +188,7 @@ def lookup(cache: CacheState, plan: Plan) -> dict[str, jax.Array]:
     features, start = {}, 0
     for name, shape in plan.shapes:
         count = int(np.prod(shape))
-        features[name] = rows[start : start + count].reshape(*shape, -1)
+        features[name] = rows[start : start + count].reshape(*shape, cache.group.dim)
         start += count
     return features
 
@@ -206,7 +206,8 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
         the cache. If cache and plan do not belong together nothing changes but `fault`, which the pipeline reports.
 
     Raises:
-        ValueError: while tracing, for features or shapes other than those of the plan.
+        ValueError: while tracing, for features or shapes other than those of the plan, or for the cache of an
+            evaluation, which cannot be updated.
 
     With sgd(0.5), weights 1.0 of a row with two lookups whose gradients are 0.25 and 0.5 become 1 - 0.5 * 0.75 = 0.625.
     """
@@ -217,7 +218,11 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
             "update needs the gradients of what lookup returned, jax.grad(loss, argnums=...)(..., rows, ...): "
             f"expected shapes {expected}, got {found}"
         )
-    gradients = jnp.concatenate([row_gradients[name].reshape(-1, cache.group.dim) for name, _ in plan.shapes])
+    if len(cache.hyperparameters) != len(cache.optimizer.hyperparameters):
+        raise ValueError("update got the cache of an evaluation, which holds weights alone: train with the other one")
+    gradients = jnp.concatenate(
+        [row_gradients[name].reshape(-1, cache.group.dim).astype(jnp.float32) for name, _ in plan.shapes]
+    )
     unique = plan.unique_slots.shape[0]
     summed = jax.lax.optimization_barrier(kernels.sum_occurrences(gradients, plan.inverse, unique))
     accept = _ready(cache, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Mapping
 
@@ -14,24 +15,6 @@ from jaxcache.index import ABSENT
 from jaxcache.optimizers import RowOptimizer
 from jaxcache.state import Rows
 from jaxcache.tables import Group, Table, check_ids
-
-
-@numba.njit(cache=True, nogil=True)
-def _positions(cells, keys, out):
-    for i in range(keys.shape[0]):
-        out[i] = index.find(cells, keys[i])
-
-
-@numba.njit(cache=True, nogil=True)
-def _positions_or_insert(cells, keys, used, out):
-    for i in range(keys.shape[0]):
-        position = index.find(cells, keys[i])
-        if position == ABSENT:
-            position = used
-            used += 1
-            index.insert(cells, keys[i], position)
-        out[i] = position
-    return used
 
 
 @numba.njit(cache=True, nogil=True)
@@ -60,6 +43,8 @@ class HostStore:
         optimizer: the `RowOptimizer`.
         scalars: the optimizer's scalars as of the last flush.
         step: updates done as of the last flush.
+        exchanged: exchanges whose victims are home: the newest cache has made as many.
+        unwritten: what kept victims from being written, until a later `flush` has written them.
 
     >>> store = HostStore({"user": Table(10**9, 2)}, optimizer=optax.sgd(0.1), seed=0)
     >>> store.rows("user", [7, 999_999_999]).shape, store.rows_written
@@ -69,13 +54,15 @@ class HostStore:
     def __init__(self, tables: Mapping[str, Table], optimizer: optax.GradientTransformation, seed: int = 0):
         self.group = Group.stack(tables)
         self.optimizer = RowOptimizer(optimizer, self.group.dim)
-        self.seed = seed
+        self.seed = operator.index(seed)
         self.scalars = self.optimizer.scalars
         self.step = 0
         self._lock = threading.RLock()
         self._cells = index.empty(1024)
         self._written = 0
         self._rows = self._allocate(0)
+        self.exchanged = 0
+        self.unwritten: BaseException | None = None
         self._pipeline: object | None = None
         self._behind = False
 
@@ -145,7 +132,7 @@ class HostStore:
         rows = self._allocate(len(keys) if size is None else size)
         positions = np.empty(len(keys), np.int64)
         with self._lock:
-            _positions(self._cells, keys, positions)
+            index.find_all(self._cells, keys, positions)
             if self._written:
                 for out, leaf in zip(self._leaves(rows), self._leaves(self._rows), strict=True):
                     # Positions of untouched rows, ABSENT, are clipped to 0 and overwritten below.
@@ -165,10 +152,11 @@ class HostStore:
         positions = np.empty(len(keys), np.int64)
         with self._lock:
             self._reserve(self._written + len(keys))
-            self._written = _positions_or_insert(self._cells, keys, self._written, positions)
+            self._written = index.find_or_insert_all(self._cells, keys, self._written, positions)
             for leaf, new in zip(self._leaves(self._rows), self._leaves(rows), strict=True):
-                flat = np.asarray(new).reshape(len(new), -1)
-                _put(leaf.reshape(len(leaf), -1), positions, flat)
+                words = f"u{leaf.itemsize}"  # a copy needs no arithmetic, and Numba knows no bfloat16
+                flat = np.ascontiguousarray(new).reshape(len(new), -1).view(words)
+                _put(leaf.reshape(len(leaf), -1).view(words), positions, flat)
 
     def _leaves(self, rows: Rows) -> tuple[np.ndarray, ...]:
         return (rows.weights, *rows.state)
@@ -188,7 +176,7 @@ class HostStore:
             self._rows = larger
         self._cells = index.reserve(self._cells, count)
 
-    # What the pipeline tells the store, so that a second pipeline and a read of old rows are errors.
+    # What the pipeline tells the store, so that a second pipeline, a read of old rows and a stale cache are errors.
 
     def open(self, pipeline: object) -> None:
         """Claims the store for one pipeline. Raises RuntimeError if another has it."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import numba
 import numpy as np
 
+from jaxcache import index
 from jaxcache.index import mix
 
 MAX_ROWS = 2**63 - 1
@@ -25,6 +26,14 @@ class Initializer(Protocol):
     """
 
     def __call__(self, stream: int, rows: np.ndarray, table: Table) -> np.ndarray: ...
+
+
+@numba.njit(cache=True)
+def _compiled_version():
+    return index.VERSION
+
+
+index.discard_stale(_compiled_version, __name__)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -187,7 +196,13 @@ class Group:
             # The name, not the position, seeds the stream: adding a table leaves the others as they were.
             name = hashlib.blake2b(self.names[position].encode(), digest_size=8).digest()
             stream = int(mix(mix(np.uint64(seed % 2**64)) ^ np.uint64(int.from_bytes(name, "little"))))
-            weights[here] = table.initializer(stream, ids[here], table)
+            initial = table.initializer(stream, ids[here], table)
+            if np.shape(initial) != (len(here), self.dim):
+                raise ValueError(
+                    f"the initializer of table {self.names[position]!r} returned shape {np.shape(initial)} for "
+                    f"{len(here)} rows; it must return {(len(here), self.dim)}"
+                )
+            weights[here] = initial
         return weights
 
 

@@ -196,6 +196,61 @@ def test_an_error_of_the_writer_is_raised_at_exit_if_nobody_asked_before():
                 cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
 
 
+@pytest.mark.parametrize("place", ["inside", "after"])
+def test_victims_whose_write_back_failed_once_are_written_by_flush(place):
+    store, calls = make_store("adam"), itertools.count()
+    write = store.write
+
+    def failing_once(keys, rows):
+        if next(calls) == 1:
+            raise DiskFull("for a moment")
+        write(keys, rows)
+
+    store.write = failing_once
+    steps = 0
+    with pytest.raises(DiskFull):  # noqa: SIM117
+        with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=2) as ahead:
+            cache, dense = ahead.start(), dense_start()
+            try:
+                for batch, plan in ahead:
+                    cache = ahead.exchange(cache, plan)
+                    cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+                    steps += 1
+            finally:
+                if place == "inside":
+                    cache = ahead.flush(cache)
+    if place == "after":
+        with (
+            pytest.raises(RuntimeError, match="call flush on that one, which tries again"),
+            jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16) as again,
+        ):
+            again.start(cache)
+        cache = ahead.flush(cache)
+    jc.check(cache, store)
+    assert 0 < steps < len(BATCHES) and store.step == steps
+    expected = train(make_store("adam"), BATCHES[:steps], "100%")
+    np.testing.assert_array_equal(store.rows("user", np.arange(40)), expected.weights["user"])
+    with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16) as again:
+        again.start(cache)
+
+
+def test_a_write_back_that_fails_beside_another_error_is_noted():
+    store = make_store("sgd")
+
+    def failing(keys, rows):
+        raise DiskFull("no space")
+
+    store.write = failing
+    with pytest.raises(LoaderBroke) as caught:  # noqa: SIM117
+        with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=1) as ahead:
+            cache, dense = ahead.start(), dense_start()
+            for batch, plan in itertools.islice(ahead, 2):
+                cache = ahead.exchange(cache, plan)
+                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            raise LoaderBroke
+    assert "DiskFull('no space')" in caught.value.__notes__[0]
+
+
 def test_leaving_the_block_waits_for_the_victims():
     store = slowed(make_store("adam"), "write", 0.1)
     with jc.LookAhead(store, BATCHES[:6], ids=lambda b: b["ids"], slots=16, window=2) as ahead:
@@ -261,8 +316,11 @@ def test_a_loader_that_reuses_its_arrays_is_an_error_unless_batches_are_copied()
                 held["ids"][name][:] = ids
             yield held
 
-    with pytest.raises(RuntimeError, match=r"writes into arrays that it has yielded.*copy=True"):
-        train(make_store("sgd"), reusing(), 16)
+    with jc.LookAhead(make_store("sgd"), reusing(), ids=lambda b: b["ids"], slots=16) as ahead:
+        ahead.start()
+        for _ in range(3):  # however often it is asked for
+            with pytest.raises(RuntimeError, match=r"writes into arrays that it has yielded.*copy=True"):
+                next(ahead)
     expected = train(make_store("sgd"), batches, 16)
     train(make_store("sgd"), reusing(), 16, copy=True).assert_same_bits(expected)
 
@@ -370,6 +428,22 @@ def test_ctrl_c_while_waiting_for_a_stuck_loader():
             next(ahead)
         assert time.monotonic() - start < 5
     gate.set()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_while_the_block_ends_leaves_nothing_behind():
+    store, before = slowed(make_store("sgd"), "write", 0.5), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=1) as ahead:
+            cache, dense = ahead.start(), dense_start()
+            for batch, plan in itertools.islice(ahead, 2):
+                cache = ahead.exchange(cache, plan)
+                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            signal.raise_signal(signal.SIGINT)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert signal.getsignal(signal.SIGINT) is before
+    store.open(store)  # nobody holds it any more
+    time.sleep(1)  # for the write-back under way
 
 
 @pytest.mark.usefixtures("interruptible")

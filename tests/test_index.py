@@ -1,6 +1,7 @@
 """The open-addressing index does what a dict does, whatever collides."""
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -105,3 +106,32 @@ def test_mix_is_splitmix64():
     gamma = 0x9E3779B97F4A7C15
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert [int(index.mix(np.uint64(i * gamma % 2**64))) for i in range(4)] == published
+
+
+@pytest.mark.slow
+def test_functions_compiled_with_another_version_of_the_index_are_not_used(tmp_path):
+    """Numba's cache looks at the file of a function alone, and the planner's functions call those of the index."""
+    root = Path(__file__).resolve().parents[1]
+    ignore = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(root / "jaxcache", tmp_path / "jaxcache", ignore=ignore)
+    shutil.copytree(root / "kernels", tmp_path / "jaxcache" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import numpy as np; from jaxcache.planner import LookAheadPlanner; from jaxcache.tables import Group, Table\n"
+        "planner = LookAheadPlanner(Group.stack({'a': Table(10**6, 4)}), 5000, 1)\n"
+        "random, fetched = np.random.default_rng(0), 0\n"
+        "for _ in range(20):\n"
+        "    planner.observe([random.integers(0, 4000, 1000)], [0]); fetched += len(planner.plan().fetched)\n"
+        "print(fetched)"
+    )
+
+    def run():
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    first = run()
+    index = tmp_path / "jaxcache" / "index.py"
+    index.write_text(index.read_text().replace("0x9E3779B97F4A7C15", "0x1234567812345679"))
+    assert run() == first

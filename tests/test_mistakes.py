@@ -234,8 +234,78 @@ def test_a_cache_of_another_configuration():
 def test_start_with_a_cache_older_than_the_store():
     store, caches = make_store("sgd"), []
     train(store, BATCHES, 20, between=lambda ahead, cache, step: caches.append(jax.tree.map(jnp.array, cache)) or cache)
-    with look_ahead(store) as ahead, pytest.raises(ValueError, match="of step 3 and the store of step 12"):
+    with look_ahead(store) as ahead, pytest.raises(ValueError, match="of step 3 and the newest one of step 12"):
         ahead.start(caches[2])
+
+
+def test_start_with_a_stale_cache_that_was_never_flushed():
+    store, caches = make_store("sgd"), []
+    with look_ahead(store) as ahead:
+        cache, dense = ahead.start(), dense_start()
+        for batch, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            caches.append(jax.tree.map(jnp.array, cache))
+    with look_ahead(store) as ahead, pytest.raises(ValueError, match="of step 5 and the newest one of step 12"):
+        ahead.start(caches[4])
+    with look_ahead(store) as ahead:
+        ahead.start(caches[-1])
+
+
+def test_flushing_the_cache_of_an_earlier_pipeline_again():
+    store, caches = make_store("sgd"), []
+    with look_ahead(store, BATCHES[:5]) as first:
+        cache, dense = first.start(), dense_start()
+        for batch, plan in first:
+            cache = first.exchange(cache, plan)
+            cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+        first.flush(cache)
+        caches.append(cache)
+    expected = train(store, BATCHES, 20).weights["user"]
+    with pytest.raises(RuntimeError, match="flush got a stale cache, of step 5; the newest is of step 17"):
+        first.flush(caches[0])
+    np.testing.assert_array_equal(store.rows("user", np.arange(ROWS)), expected)
+
+
+def test_updating_the_cache_of_an_evaluation():
+    with look_ahead() as ahead:
+        cache = ahead.start()
+        with pytest.raises(ValueError, match="cache of an evaluation"):
+            ahead.evaluate(BATCHES[:1], cache, lambda view, plan, batch: jc.update(view, plan, jc.lookup(view, plan)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"store": {}}, TypeError, "needs a HostStore, got dict"),
+        ({"loader": 7}, TypeError, "needs an iterable of batches, got int"),
+        ({"ids": "ids"}, TypeError, "needs a function of a batch"),
+    ],
+)
+def test_arguments_of_another_type(change, error, text):
+    arguments = {"store": make_store("sgd"), "loader": BATCHES, "ids": lambda b: b["ids"], "slots": 20}
+    with pytest.raises(error, match=text):
+        jc.LookAhead(**{**arguments, **change})
+
+
+def test_an_initializer_that_returns_another_shape():
+    table = jc.Table(10, 4, lambda stream, rows, table: np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"initializer of table 'user' returned shape \(4,\) for 2 rows"):
+        jc.HostStore({"user": table}, optimizer=optax.sgd(0.1)).rows("user", [1, 2])
+
+
+def test_a_seed_that_is_no_integer():
+    assert jc.HostStore(TABLES, optax.sgd(0.1), seed=np.int64(3)).rows("user", [1]).shape == (1, 4)
+    with pytest.raises(TypeError):
+        jc.HostStore(TABLES, optax.sgd(0.1), seed=1.5)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.MultiSteps(optax.sgd(0.1), 2), optax.chain(optax.apply_every(2), optax.sgd(0.1))]
+)
+def test_an_optimizer_that_saves_gradients_up(optimizer):
+    with pytest.raises(ValueError, match="saves gradients up for a later step"):
+        make_store(optimizer)
 
 
 def test_gradients_that_do_not_fit():
@@ -269,6 +339,8 @@ def test_too_few_slots_says_how_many_and_which_batch():
         ({"users": np.array([3, 4])}, KeyError, r"no table named 'users': the store has user, item"),
         ({"user": np.array([3, 4]), "item": np.array([3])}, ValueError, r"same samples, got lengths"),
         ({"user": np.array(3)}, ValueError, r"same samples, got lengths"),
+        ({"user": [[3], [4, 5]]}, ValueError, r"ids of feature 'user' are no array"),
+        ({"user": np.array([[3], [4]])}, ValueError, r"same number of ids a sample"),
         (np.array([3, 4]), TypeError, r"must return a mapping of feature names to ids, got ndarray"),
         ({}, TypeError, r"must return a mapping"),
     ],

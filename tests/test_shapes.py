@@ -118,7 +118,7 @@ def test_a_short_batch_is_padded_and_a_longer_one_grows_the_shape():
         ahead.flush(cache)
     assert seen == [(8, 8, 8), (8, 5, 5), (8, 8, 8), (8, 8, 8), (8, 3, 3)]
 
-    longer = [*make_batches(1, ["uniform"]), *[_batch_of(12)], *make_batches(2, ["uniform"])]
+    longer = [*make_batches(1, ["uniform"]), _batch_of(12), *make_batches(2, ["uniform"])]
     report = train(make_store("sgd"), longer, 32).report
     assert report.bound_growths == 1
     train(make_store("sgd"), longer, 24, window=1).assert_same_bits(train(make_store("sgd"), longer, "100%"))
@@ -166,3 +166,86 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
     ):
         assert analysis.temp_size_in_bytes < buffers / 50
         assert analysis.alias_size_in_bytes >= 0.99 * whole
+
+
+@pytest.mark.parametrize("batches", [[0, 8, 8], [8, 0, 8], [0, 0], []])
+def test_batches_without_samples(batches):
+    random = np.random.default_rng(0)
+
+    def batch(samples):
+        ids = {"user": random.integers(0, 40, samples), "item": random.integers(0, 40, (samples, 0))}
+        return {"ids": ids, "labels": np.zeros(samples, np.float32)}
+
+    store, seen = make_store("sgd"), []
+    with jc.LookAhead(store, map(batch, batches), ids=lambda b: b["ids"], slots=20) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            rows = jc.lookup(cache, plan)
+            seen.append(rows["item"].shape)
+            cache = jc.update(cache, plan, rows)
+        cache, outputs = ahead.evaluate(map(batch, batches), cache, lambda view, plan, _: jc.lookup(view, plan))
+    jc.check(cache, store)
+    assert len(seen) == len(outputs) == len(batches) and all(shape[1:] == (0, 4) for shape in seen)
+
+
+def test_only_arrays_with_an_axis_of_samples_are_padded():
+    def batch(samples):
+        return {
+            "user": np.arange(samples),
+            "placed": jax.device_put(np.ones(samples, np.float32), jax.devices()[0]),
+            "weights of three classes": np.ones(3, np.float32),
+            "scale": 2.0,
+        }
+
+    @jax.jit
+    def step(cache, plan, batch):
+        return jc.update(cache, plan, jc.lookup(cache, plan)), jnp.sum(batch["placed"])
+
+    store = jc.HostStore({"user": jc.Table(50, 4)}, optimizer=optax.sgd(0.1))
+    sums = []
+    with jc.LookAhead(store, [batch(8), batch(8), batch(3)], ids=lambda b: {"user": b["user"]}, slots=20) as ahead:
+        cache = ahead.start()
+        for number, (content, plan) in enumerate(ahead):
+            assert {name: np.shape(leaf) for name, leaf in content.items()} == {
+                "user": (8,), "placed": (8,), "weights of three classes": (3,), "scale": (),
+            }  # fmt: skip
+            with compiling(0) if number > 0 else _anything():
+                cache, total = step(ahead.exchange(cache, plan), plan, content)
+            sums.append(float(total))
+        ahead.flush(cache)
+    assert sums == [8, 8, 3]
+
+
+def test_another_pass_over_like_batches_compiles_nothing():
+    """Each epoch is a pipeline of its own, whose first batch has a few unique rows more or less."""
+    random = np.random.default_rng(0)
+    store = jc.HostStore({"user": jc.Table(50_000, 4)}, optimizer=optax.sgd(0.1))
+    step = jax.jit(lambda cache, plan: jc.update(cache, plan, jc.lookup(cache, plan)))
+    cache, compiled = None, []
+    for _ in range(6):
+        batches = [{"user": random.integers(0, 50_000, 12_000)} for _ in range(2)]
+        with jc.LookAhead(store, batches, ids=lambda b: b, slots=20_000) as ahead:
+            cache = ahead.start(cache)
+            before = len(_compilations)
+            for _, plan in ahead:
+                cache = step(ahead.exchange(cache, plan), plan)
+            cache, _ = ahead.evaluate(batches, cache, lambda view, plan, _: None)
+            compiled.append(len(_compilations) - before)
+    assert sum(compiled[1:]) == 0
+
+
+def test_a_default_device_of_the_callers_is_kept():
+    device = jax.devices()[-1]
+    with jax.default_device(device):
+        result = train(make_store("sgd"), make_batches(7, ["skewed"] * 3), 16)
+    result.assert_same_bits(train(make_store("sgd"), make_batches(7, ["skewed"] * 3), 16))
+
+
+def test_state_that_starts_from_the_weights_compiles_for_a_few_sizes_only():
+    batches = make_batches(7, ["skewed", "uniform"] * 12)
+    transformation = optax.contrib.schedule_free_sgd(0.1)
+    train(make_store(transformation), batches, 16)
+    before = len(_compilations)
+    train(store := make_store(transformation), batches, 16)
+    assert len(_compilations) - before < 12 and store.optimizer.row_shapes

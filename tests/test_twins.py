@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxcache as jc
 from training import (
     OPTIMIZERS,
     ROWS,
@@ -121,11 +125,6 @@ def test_a_warm_cache_goes_on_where_it_was_left(slots):
 
 def test_several_ids_a_sample():
     """Ids of any shape `[B, ...]` give rows of that shape: what a model with bags pools itself."""
-    import jax
-    import jax.numpy as jnp
-
-    import jaxcache as jc
-
     random = np.random.default_rng(0)
     batches = [{"user": random.integers(0, ROWS, (4, 3)), "item": random.integers(0, ROWS, (4,))} for _ in range(10)]
 
@@ -150,3 +149,12 @@ def test_several_ids_a_sample():
         jc.check(cache, store)
         results.append(Result.of(store, losses, ahead.report()))
     results[0].assert_same_bits(results[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_optimizer_state_of_half_precision(dtype):
+    optimizer = optax.adam(0.05, mu_dtype=jnp.dtype(dtype))
+    batches = make_batches(4, ["skewed", "uniform"] * 6)
+    cached = train(make_store(optimizer), batches, 16)
+    cached.assert_same_bits(train(make_store(optimizer), batches, "100%"))
+    assert any(leaf.dtype == jnp.dtype(dtype) for leaf in cached.states["user"])
