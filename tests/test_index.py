@@ -1,5 +1,11 @@
 """The open-addressing index does what a dict does, whatever collides."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given
