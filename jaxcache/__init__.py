@@ -1,11 +1,11 @@
 """jaxcache: train JAX models whose embedding tables do not fit on the accelerator."""
 
 from jaxcache.check import check
-from jaxcache.optimizers import RowOptimizer, rowwise_adagrad
+from jaxcache.optimizers import RowOptimizer, Rows, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
 from jaxcache.report import Report, Stage
-from jaxcache.state import CacheState, Plan, Rows, init, lookup, update
+from jaxcache.state import CacheState, Plan, init, lookup, update
 from jaxcache.store import HostStore
 from jaxcache.tables import Group, Initializer, Table, normal, uniform
 

@@ -70,6 +70,18 @@ def _mean_square(rows: jax.Array) -> jax.Array:
     return total / dim
 
 
+class Rows(NamedTuple):
+    """Rows with what their optimizer keeps for them; the leading axis N is of slots, or of rows in flight.
+
+    Attributes:
+        weights: `float32[N, dim]`.
+        state: the optimizer's row leaves, `[N, ...]` each (see `RowOptimizer`).
+    """
+
+    weights: Any
+    state: tuple[Any, ...]
+
+
 class RowOptimizer:
     """An optax transformation taken apart for use on rows of `dim` float32 weights.
 

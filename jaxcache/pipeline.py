@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.batches import Batch, Shapes, padded
+from jaxcache.optimizers import Rows
 from jaxcache.planner import LookAheadPlanner, PlannedBatch, Planner, ResidentPlanner
 from jaxcache.report import Report, Stage
 from jaxcache.state import (
@@ -26,7 +27,6 @@ from jaxcache.state import (
     Exchange,
     Plan,
     Receipt,
-    Rows,
     apply_exchange,
     init,
     read_slots,
@@ -525,9 +525,8 @@ class LookAhead:
             bound = shapes.unique_bound
             plan = shapes.plan(
                 batch, inverse.astype(np.int32), occurrences.astype(np.int32),
-                np.arange(len(unique), dtype=np.int32), number,
+                np.arange(bound, dtype=np.int32), number,
             )  # fmt: skip
-            plan = dataclasses.replace(plan, unique_slots=np.arange(bound, dtype=np.int32))
             view = CacheState(
                 buffer=Rows(self._store.read(unique, bound).weights, ()),
                 slot_table=padded(slot_entries(group, unique), bound, CacheState.FREE),
@@ -714,7 +713,7 @@ class LookAhead:
     def _exchange_program(self, size: int) -> Any:
         abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self._exchange(_NO_KEYS, _NO_SLOTS, size, 0)))
         leaves, treedef = jax.tree.flatten((self._abstract_state, abstract))
-        return _compile_exchange(treedef, tuple(leaves))
+        return _compile_exchange(treedef, tuple(leaves), self._device)
 
     def _exchange(self, fetched: np.ndarray, slots: np.ndarray, size: int, step: int) -> Exchange:
         return Exchange(
@@ -794,10 +793,11 @@ def _parse_slots(slots: int | str, rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], device: jax.Device) -> Any:
     """The exchange compiled for a state and a size class; kept, so that an equal pipeline compiles nothing."""
     state, exchange = jax.tree.unflatten(treedef, leaves)
-    return jax.jit(apply_exchange, donate_argnums=0).lower(state, exchange).compile()
+    with jax.default_device(device):
+        return jax.jit(apply_exchange, donate_argnums=0).lower(state, exchange).compile()
 
 
 _NO_KEYS, _NO_SLOTS = np.zeros(0, np.int64), np.zeros(0, np.int32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache import kernels
-from jaxcache.optimizers import RowOptimizer
+from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.tables import Group
 
 if TYPE_CHECKING:
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
 
 # `jax.Array` on the device, NumPy on the way there.
 Array = Any
-
-
-class Rows(NamedTuple):
-    """Rows with what their optimizer keeps for them; the leading axis N is of slots, or of rows in flight.
-
-    Attributes:
-        weights: `float32[N, dim]`.
-        state: the optimizer's row leaves, `[N, ...]` each (see `RowOptimizer`).
-    """
-
-    weights: Array
-    state: tuple[Array, ...]
 
 
 @partial(

@@ -12,8 +12,7 @@ import optax
 
 from jaxcache import index
 from jaxcache.index import ABSENT
-from jaxcache.optimizers import RowOptimizer
-from jaxcache.state import Rows
+from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.tables import Group, Table, check_ids
 
 

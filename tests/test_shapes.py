@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import jax
@@ -11,7 +13,8 @@ import optax
 import pytest
 
 import jaxcache as jc
-from jaxcache.state import Exchange, Rows, apply_exchange
+from jaxcache.optimizers import Rows
+from jaxcache.state import Exchange, apply_exchange
 from training import (
     OPTIMIZERS,
     SAMPLES,
@@ -236,10 +239,25 @@ def test_another_pass_over_like_batches_compiles_nothing():
 
 
 def test_a_default_device_of_the_callers_is_kept():
-    device = jax.devices()[-1]
-    with jax.default_device(device):
-        result = train(make_store("sgd"), make_batches(7, ["skewed"] * 3), 16)
-    result.assert_same_bits(train(make_store("sgd"), make_batches(7, ["skewed"] * 3), 16))
+    """In a process of its own, which has two devices. Threads have a default device of their own."""
+    program = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np, optax, jaxcache as jc
+batches = [{"user": np.arange(8) + i} for i in range(4)]
+for device in jax.devices():
+    store = jc.HostStore({"user": jc.Table(50, 4)}, optimizer=optax.adam(0.1))
+    with jax.default_device(device), jc.LookAhead(store, batches, ids=lambda b: b, slots=8) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            assert {d for leaf in jax.tree.leaves((cache, plan)) for d in leaf.devices()} == {device}
+            cache = jc.update(cache, plan, jc.lookup(cache, plan))
+        cache = ahead.flush(cache)
+    jc.check(cache, store)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_state_that_starts_from_the_weights_compiles_for_a_few_sizes_only():
