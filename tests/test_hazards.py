@@ -66,17 +66,17 @@ def test_the_report_names_the_stage_that_bounds_the_run(slow, stage):
     fast = train(make_store("sgd"), BATCHES, 16)  # compiles, which would count as the step's time
     store, loader = make_store("sgd"), BATCHES
     if slow == "loader":
-        loader = slow_loader(BATCHES, 0.03)
+        loader = slow_loader(BATCHES, 0.06)
     else:
-        store = slowed(store, slow, 0.03)
+        store = slowed(store, slow, 0.06)
     report = train(store, loader, 16).report
     assert report.bound_by == stage
     assert f"{stage:<12}" in str(report) and "<- bounds the run" in str(report)
-    assert report.stages[stage].busy > 0.03 * 10 > fast.report.stages[stage].busy
+    assert report.stages[stage].busy > 0.06 * 10 > fast.report.stages[stage].busy
 
 
 def test_a_slow_step_is_named_as_well():
-    report = train(make_store("sgd"), BATCHES, 16, between=lambda ahead, cache, step: time.sleep(0.03) or cache).report
+    report = train(make_store("sgd"), BATCHES, 16, between=lambda ahead, cache, step: time.sleep(0.06) or cache).report
     assert report.bound_by == "step"
 
 
