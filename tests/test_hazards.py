@@ -75,6 +75,26 @@ def test_the_report_names_the_stage_that_bounds_the_run(slow, stage):
     assert report.stages[stage].busy > 0.06 * 10 > fast.report.stages[stage].busy
 
 
+@pytest.mark.parametrize("slow", ["read", "write", "loader"])
+def test_collecting_writing_and_loading_overlap_with_the_steps(slow):
+    """A part that takes 100 ms a batch, beside steps of 100 ms: one after the other would take twice as long."""
+    train(make_store("sgd"), BATCHES, 30)  # compiles
+    store, loader = make_store("sgd"), BATCHES
+    if slow == "loader":
+        loader = slow_loader(BATCHES, 0.1)
+    else:
+        store = slowed(store, slow, 0.1)
+    moments = []
+
+    def between(ahead, cache, step):
+        time.sleep(0.1)
+        moments.append(time.monotonic())
+        return cache
+
+    train(store, loader, 30, window=4, between=between)
+    assert moments[-1] - moments[0] < 0.16 * (len(BATCHES) - 1)
+
+
 def test_a_slow_step_is_named_as_well():
     report = train(make_store("sgd"), BATCHES, 16, between=lambda ahead, cache, step: time.sleep(0.06) or cache).report
     assert report.bound_by == "step"

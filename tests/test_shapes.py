@@ -260,6 +260,23 @@ for device in jax.devices():
     assert done.returncode == 0, done.stderr
 
 
+def test_exchanges_of_every_size_are_compiled_before_the_first_step():
+    random = np.random.default_rng(0)
+    batches = [{"user": random.integers(0, 4_000, 1_500)} for _ in range(25)]
+    store = jc.HostStore({"user": jc.Table(10**6, 4)}, optimizer=optax.sgd(0.1))
+    step = jax.jit(lambda cache, plan: jc.update(cache, plan, jc.lookup(cache, plan)))
+    fetched = []
+    with jc.LookAhead(store, batches, ids=lambda b: b, slots=5_000) as ahead:
+        cache = ahead.start()
+        for number, (_, plan) in enumerate(ahead):
+            with compiling(0) if number > 0 else _anything():
+                cache = step(ahead.exchange(cache, plan), plan)
+            fetched.append(ahead.report().rows_fetched)
+        ahead.flush(cache)
+    missed = np.diff(fetched)
+    assert missed.max() > 500 and missed.min() < 32  # from the largest size class to the smallest
+
+
 def test_state_that_starts_from_the_weights_compiles_for_a_few_sizes_only():
     batches = make_batches(7, ["skewed", "uniform"] * 12)
     transformation = optax.contrib.schedule_free_sgd(0.1)
