@@ -11,18 +11,9 @@ import jax
 import numba
 import numpy as np
 
-from jaxcache import index
 from jaxcache.index import mix
 from jaxcache.state import Plan
 from jaxcache.tables import Group, check_ids
-
-
-@numba.njit(cache=True)
-def _compiled_version():
-    return index.VERSION
-
-
-index.discard_stale(_compiled_version, __name__)
 
 
 @numba.njit(cache=True, nogil=True)

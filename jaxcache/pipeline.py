@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcache import kernels
 from jaxcache.batches import Batch, Shapes, padded
 from jaxcache.optimizers import Rows
 from jaxcache.planner import LookAheadPlanner, PlannedBatch, Planner, ResidentPlanner
@@ -29,7 +30,6 @@ from jaxcache.state import (
     Receipt,
     apply_exchange,
     init,
-    read_slots,
     slot_entries,
     slot_keys,
 )
@@ -493,7 +493,7 @@ class LookAhead:
         size = min(_CHUNK_ROWS, cache.slots)
         for first in range(0, len(dirty), size):
             slots = dirty[first : first + size]
-            rows = _read_slots(cache, padded(slots.astype(np.int32), size, cache.slots))
+            rows = _read_rows(cache.buffer, padded(slots.astype(np.int32), size, cache.slots))
             self._store.write(key_of[slots], jax.tree.map(np.asarray, rows))
         self._report.rows_flushed += len(dirty)
         self._store.catch_up(tuple(np.array(scalar) for scalar in cache.scalars), int(cache.step))
@@ -801,4 +801,4 @@ def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], de
 
 
 _NO_KEYS, _NO_SLOTS = np.zeros(0, np.int64), np.zeros(0, np.int32)
-_read_slots = jax.jit(read_slots)
+_read_rows = jax.jit(kernels.read)

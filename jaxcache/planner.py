@@ -88,7 +88,7 @@ _ENTRY = np.dtype(
 )
 _RECENT = 0  # the list of resident rows that no batch of the window wants, least recently used first
 _FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES = range(4)  # fields of `counters`
-_AHEAD = 32  # how far the loops ask for memory before they need it; measured, 16 to 64 are alike
+_AHEAD = 32  # lookups or rows between asking for their memory and needing it
 
 
 @numba.njit(cache=True)

@@ -300,11 +300,6 @@ def apply_exchange(cache: CacheState, exchange: Exchange) -> tuple[CacheState, R
     return state, Receipt(outgoing, record)
 
 
-def read_slots(cache: CacheState, slots: jax.Array) -> Rows:
-    """The `Rows` in `slots` (`int32[M]`; padding gives zeros)."""
-    return jax.tree.map(lambda table: table.at[slots].get(mode="fill", fill_value=0), cache.buffer)
-
-
 def slot_entries(group: Group, keys: np.ndarray) -> np.ndarray:
     """Entries `int32[N, 3]` of the slot table for rows given by `keys` (`int64[N]`), in NumPy."""
     table, ids = group.locate(keys)

@@ -3,6 +3,6 @@
 `xla.py` is the definition of every operation. Other backends will override single operations here, in this one place.
 """
 
-from .xla import exchange, gather, sum_occurrences, update
+from .xla import exchange, gather, read, sum_occurrences, update
 
-__all__ = ["exchange", "gather", "sum_occurrences", "update"]
+__all__ = ["exchange", "gather", "read", "sum_occurrences", "update"]

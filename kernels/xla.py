@@ -21,10 +21,15 @@ def _put(table: jax.Array, places: jax.Array, rows: jax.Array) -> jax.Array:
     return table.at[places].set(rows, mode="drop")
 
 
-def _where(accept: jax.Array, new: Any, old: Any) -> Any:
-    """`new` if the scalar `accept` holds, else `old`. A write of this depends on the read of `old`, without which XLA
-    would copy the whole buffer to keep the two apart."""
-    return jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
+def _replace(buffer: Any, slots: jax.Array, old: Any, new: Any, accept: jax.Array) -> Any:
+    """Writes `new` if the scalar `accept` holds, else `old`, which was read from the same slots. So the write depends
+    on the read, without which XLA would copy the whole buffer to keep the two apart."""
+    return jax.tree.map(lambda table, n, o: _put(table, slots, jnp.where(accept, n, o)), buffer, new, old)
+
+
+def read(buffer: Any, slots: jax.Array) -> Any:
+    """The rows at `slots` (`int32[M]`): a pytree of `[M, ...]` from a pytree of `[slots, ...]`."""
+    return jax.tree.map(lambda table: _take(table, slots), buffer)
 
 
 def gather(table: jax.Array, slots: jax.Array, inverse: jax.Array) -> jax.Array:
@@ -67,9 +72,8 @@ def update(buffer: Any, slots: jax.Array, rows: Callable[[Any], Any], accept: ja
         rows: maps the old rows, a pytree of `[U, ...]`, to the new ones, each by itself.
         accept: `bool[]`; where false the buffer stays as it is.
     """
-    old = jax.tree.map(lambda table: _take(table, slots), buffer)
-    new = _where(accept, rows(old), old)
-    return jax.tree.map(lambda table, leaf: _put(table, slots, leaf), buffer, new)
+    old = read(buffer, slots)
+    return _replace(buffer, slots, old, rows(old), accept)
 
 
 def exchange(buffer: Any, slots: jax.Array, incoming: Any, accept: jax.Array) -> tuple[Any, Any]:
@@ -84,6 +88,5 @@ def exchange(buffer: Any, slots: jax.Array, incoming: Any, accept: jax.Array) ->
     Returns:
         The buffer and the rows that were at `slots`, a pytree of `[M, ...]`.
     """
-    old = jax.tree.map(lambda table: _take(table, slots), buffer)
-    new = _where(accept, incoming, old)
-    return jax.tree.map(lambda table, leaf: _put(table, slots, leaf), buffer, new), old
+    old = read(buffer, slots)
+    return _replace(buffer, slots, old, incoming, accept), old

@@ -48,6 +48,13 @@ def slow_loader(batches, seconds: float):
         yield batch
 
 
+def train_two_steps(ahead: jc.LookAhead) -> None:
+    cache, dense = ahead.start(), dense_start()
+    for batch, plan in itertools.islice(ahead, 2):
+        cache = ahead.exchange(cache, plan)
+        cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+
+
 @pytest.mark.parametrize("slow", ["write", "read", "loader"])
 @pytest.mark.parametrize("window", [1, 6])
 def test_a_slow_part_changes_no_bit(slow, window):
@@ -210,10 +217,7 @@ def test_an_error_of_the_writer_is_raised_at_exit_if_nobody_asked_before():
     store.write = failing
     with pytest.raises(DiskFull):  # noqa: SIM117
         with jc.LookAhead(store, BATCHES[:2], ids=lambda b: b["ids"], slots=16, window=1) as ahead:
-            cache, dense = ahead.start(), dense_start()
-            for batch, plan in itertools.islice(ahead, 2):
-                cache = ahead.exchange(cache, plan)
-                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            train_two_steps(ahead)
 
 
 @pytest.mark.parametrize("place", ["inside", "after"])
@@ -263,10 +267,7 @@ def test_a_write_back_that_fails_beside_another_error_is_noted():
     store.write = failing
     with pytest.raises(LoaderBroke) as caught:  # noqa: SIM117
         with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=1) as ahead:
-            cache, dense = ahead.start(), dense_start()
-            for batch, plan in itertools.islice(ahead, 2):
-                cache = ahead.exchange(cache, plan)
-                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            train_two_steps(ahead)
             raise LoaderBroke
     assert "DiskFull('no space')" in caught.value.__notes__[0]
 
@@ -417,6 +418,40 @@ def test_ctrl_c_never_loses_the_cache():
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("place", ["inside exchange", "inside the step"])
+def test_ctrl_c_between_donating_the_cache_and_getting_it_back(place, monkeypatch):
+    """The two moments at which the caller holds no cache, each hit on purpose at the fourth batch."""
+    store, steps = make_store("momentum"), 0
+
+    def struck(function):
+        def strike(*arguments):
+            result = function(*arguments)
+            if steps == 3:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        return strike
+
+    step = train_step
+    if place == "inside exchange":
+        monkeypatch.setattr(jc.LookAhead, "_count_exchange", struck(jc.LookAhead._count_exchange))
+    else:
+        step = struck(train_step)
+    with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=20, window=2) as ahead:
+        cache, dense = ahead.start(), dense_start()
+        with pytest.raises(KeyboardInterrupt):
+            for batch, plan in ahead:
+                cache = ahead.exchange(cache, plan)
+                cache, dense, _ = step(cache, plan, dense, batch["labels"])
+                steps += 1
+        cache = ahead.flush(cache)
+    jc.check(cache, store)
+    assert store.step == steps == 4
+    expected = train(make_store("momentum"), BATCHES[:4], "100%")
+    np.testing.assert_array_equal(store.rows("user", np.arange(40)), expected.weights["user"])
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_a_call_and_a_second_one_does_not():
     with jc.LookAhead(make_store("sgd"), BATCHES, ids=lambda b: b["ids"], slots=20) as ahead:
         cache = ahead.start()
@@ -455,10 +490,7 @@ def test_a_second_ctrl_c_while_the_block_ends_leaves_nothing_behind():
     store, before = slowed(make_store("sgd"), "write", 0.5), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
         with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=1) as ahead:
-            cache, dense = ahead.start(), dense_start()
-            for batch, plan in itertools.islice(ahead, 2):
-                cache = ahead.exchange(cache, plan)
-                cache, dense, _ = train_step(cache, plan, dense, batch["labels"])
+            train_two_steps(ahead)
             signal.raise_signal(signal.SIGINT)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert signal.getsignal(signal.SIGINT) is before
