@@ -1,8 +1,6 @@
 """The planner does what a dict and loops do, in memory that does not know the size of the tables."""
 
 import copy
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -326,29 +324,3 @@ def test_the_resident_planner_is_numpy_unique_and_moves_nothing(stream, window):
         np.testing.assert_array_equal(found.occurrences, counts[order])
         assert all(len(moved) == 0 for moved in (found.missed, found.fetched, found.slots, found.victims))
         assert found.wait_for == ABSENT
-
-
-def test_other_threads_run_while_a_batch_is_planned():
-    """The planner's native code holds no interpreter lock: a thread beside it keeps counting."""
-    planner = LookAheadPlanner(stack({"a": 10**9}), 3_000_000, 1)
-    ids = np.random.default_rng(0).integers(0, 10**9, 2_000_000)
-    planner.observe([ids[:10]], [0])  # compiles
-    planner.plan()
-    ticks, done = [], threading.Event()
-
-    def count():
-        while not done.is_set():
-            ticks.append(time.perf_counter())
-            time.sleep(0.001)
-
-    counter = threading.Thread(target=count)
-    counter.start()
-    start = time.perf_counter()
-    planner.observe([ids], [0])
-    planner.plan()
-    end = time.perf_counter()
-    done.set()
-    counter.join()
-    during = [tick for tick in ticks if start < tick < end]
-    assert end - start > 0.05 and len(during) > 10
-    assert np.diff(during).max() < 0.5 * (end - start)
