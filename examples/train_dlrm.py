@@ -50,6 +50,15 @@ ROW_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: optax.adam(0.005),
 }
 
+# Those that need no counts of the data set.
+POLICIES: dict[str, Callable[[], jc.Policy]] = {
+    "lookahead": jc.lookahead,
+    "scratchpipe": jc.scratchpipe,
+    "lru": jc.lru,
+    "lfu": jc.lfu,
+    "no_cache": jc.no_cache,
+}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -265,6 +274,7 @@ def run(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
         data.train(),
         ids=lambda batch: batch["ids"],
         slots="100%" if arguments.no_cache else arguments.slots,
+        policy=POLICIES[arguments.policy](),
         window=arguments.window,
     ) as ahead:
         cache = ahead.start()
@@ -347,7 +357,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="rows on the device, as a number or a share (%(default)s)",
     )
     slots.add_argument("--no-cache", action="store_true", help="keep every row on the device")
-    add("--window", type=positive_integer, default=8, help="batches to plan ahead (%(default)s)")
+    add("--policy", choices=POLICIES, default="lookahead", help="which rows make room (%(default)s)")
+    add("--window", type=positive_integer, help="batches that lookahead looks at; as many as pay, if not given")
     add("--batch-size", type=positive_integer, default=2048, help="samples a step (%(default)s)")
     add(
         "--optimizer",

@@ -1,10 +1,13 @@
 """jaxcache: train JAX models whose embedding tables do not fit on the accelerator."""
 
 from jaxcache.check import check
+from jaxcache.counts import count_ids, hottest_rows
 from jaxcache.optimizers import RowOptimizer, Rows, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
+from jaxcache.policies import Policy, frequency, lfu, lookahead, lru, no_cache, scratchpipe, static
 from jaxcache.report import Report, Stage
+from jaxcache.schedule import HotReport, hot_batches
 from jaxcache.state import CacheState, Plan, init, lookup, update
 from jaxcache.store import HostStore
 from jaxcache.tables import Group, Initializer, Table, normal, uniform
@@ -15,9 +18,11 @@ __all__ = [
     "CacheState",
     "Group",
     "HostStore",
+    "HotReport",
     "Initializer",
     "LookAhead",
     "Plan",
+    "Policy",
     "Report",
     "RowOptimizer",
     "Rows",
@@ -25,10 +30,20 @@ __all__ = [
     "Table",
     "TooFewSlots",
     "check",
+    "count_ids",
+    "frequency",
+    "hot_batches",
+    "hottest_rows",
     "init",
+    "lfu",
+    "lookahead",
     "lookup",
+    "lru",
+    "no_cache",
     "normal",
     "rowwise_adagrad",
+    "scratchpipe",
+    "static",
     "uniform",
     "update",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -47,8 +47,9 @@ class Batch:
         content: what the loader yielded.
         features: names in order.
         shapes: shape of each feature's ids, `(samples, ...)`.
-        ids: valid ids of each feature, `int64[n]`.
-        tables: position of each feature's table.
+        ids: valid ids, one feature after the other, `int64[L]`; none once they were observed.
+        starts: where each feature starts in `ids`, and the end, `int64[F + 1]`.
+        tables: position of each feature's table, `int64[F]`.
         samples: length of the first axis.
         held: NumPy arrays of the batch and its ids, held by reference.
         fingerprint: of `held`, as drawn.
@@ -57,8 +58,9 @@ class Batch:
     content: Any
     features: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    ids: list[np.ndarray]
-    tables: list[int]
+    ids: np.ndarray
+    starts: np.ndarray
+    tables: np.ndarray
     samples: int
     held: list[np.ndarray]
     fingerprint: int
@@ -77,9 +79,7 @@ class Batch:
             content = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, content)
         mapping = ids(content)
         if not isinstance(mapping, Mapping) or not mapping:
-            raise TypeError(
-                f"LookAhead(ids=...) must return a mapping of feature names to ids, got {type(mapping).__name__}"
-            )
+            raise TypeError(f"ids(batch) must return a mapping of feature names to ids, got {type(mapping).__name__}")
         tables = [group.index(name) for name in mapping]
         arrays = {name: _as_array(name, value) for name, value in mapping.items()}
         checked = [
@@ -98,12 +98,31 @@ class Batch:
             content=content,
             features=tuple(arrays),
             shapes=tuple(array.shape for array in arrays.values()),
-            ids=[array.reshape(-1) for array in checked],
-            tables=tables,
+            ids=np.concatenate([array.reshape(-1) for array in checked]),
+            starts=np.cumsum([0, *(array.size for array in checked)]),
+            tables=np.array(tables),
             samples=next(iter(arrays.values())).shape[0],
             held=held,
             fingerprint=fingerprint(held),
         )
+
+    @property
+    def lookups(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a planner observes: `ids`, `starts` and `tables`."""
+        return self.ids, self.starts, self.tables
+
+    def keys(self, group: Group) -> np.ndarray:
+        """The key of each lookup in `group`, `int64[L]`."""
+        return (self.ids.view(np.uint64) + np.repeat(group.bases[self.tables], np.diff(self.starts))).view(np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the batch holds while it is ahead, with the position of the row of each lookup."""
+        return sum(leaf.nbytes for leaf in self.held) + 4 * int(self.starts[-1])
+
+    def observed(self) -> Batch:
+        """The batch without its ids."""
+        return replace(self, ids=self.ids[:0].copy())
 
     def check_unchanged(self, number: int) -> None:
         """Raises RuntimeError if something wrote into the batch since it was drawn."""

@@ -22,7 +22,7 @@ from numba.np.arrayobj import make_array
 
 ABSENT = -1
 VERSION = zlib.crc32(Path(__file__).read_bytes())
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -31,7 +31,7 @@ _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 @numba.njit(cache=True, nogil=True, inline="always")
 def mix(word: np.uint64) -> np.uint64:
     """SplitMix64's finaliser (Steele, Lea & Flood, OOPSLA 2014): a bijection whose every output bit looks random."""
-    word = np.uint64(word) + _GOLDEN
+    word = np.uint64(word) + GOLDEN
     word = (word ^ (word >> _30)) * _FIRST
     word = (word ^ (word >> _27)) * _SECOND
     return word ^ (word >> _31)
@@ -84,15 +84,19 @@ def home(cells, key):
 
 
 @numba.njit(cache=True, nogil=True)
-def find(cells, key):
-    """The value of `key`, or ABSENT."""
+def probe(cells, key):
+    """The cell of `key`, or the empty one where it would go."""
     mask = cells.shape[0] - 1
     cell = home(cells, key)
-    while cells[cell, 1] != 0:
-        if cells[cell, 0] == key:
-            return cells[cell, 1] - 1
+    while cells[cell, 1] != 0 and cells[cell, 0] != key:
         cell = (cell + 1) & mask
-    return ABSENT
+    return cell
+
+
+@numba.njit(cache=True, nogil=True)
+def find(cells, key):
+    """The value of `key`, or ABSENT."""
+    return cells[probe(cells, key), 1] - 1
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,22 +6,24 @@ import copy as copying
 import dataclasses
 import functools
 import math
+import os
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcache import kernels
-from jaxcache.batches import Batch, Shapes, padded
+from jaxcache.batches import Batch, Shapes, fingerprint, padded
 from jaxcache.optimizers import Rows
-from jaxcache.planner import LookAheadPlanner, PlannedBatch, Planner, ResidentPlanner
+from jaxcache.planner import LookAheadPlanner, Observed, PlannedBatch, Planner, ResidentPlanner, Window
+from jaxcache.policies import Policy, lookahead
 from jaxcache.report import Report, Stage
 from jaxcache.state import (
     CacheState,
@@ -95,17 +97,48 @@ class _Channel:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A batch whose plan and missed rows are on the device."""
+class _Ahead:
+    """A batch that was planned looking at `window` batches, which a bound cut short if `limited`."""
 
+    number: int
     batch: Batch
+    observed: Observed
+    planned: PlannedBatch
+    window: int
+    limited: bool
+
+    @property
+    def home_first(self) -> bool:
+        """Whether the batch fetches rows that are among its own victims."""
+        return self.planned.wait_for == self.number
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A batch whose plan and missed rows are on the device; `exchange` is None if its victims must be home first."""
+
+    ahead: _Ahead
     content: Any
     plan: Plan
-    exchange: Exchange
-    planned: PlannedBatch
+    exchange: Exchange | None
+    exchange_size: int
     lookup_hits: int
     unique_bound: int
     growths: int
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A batch whose ids were given beforehand: enough to find out that the loader yields others."""
+
+    features: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    fingerprint: int
+    nbytes = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Expected:
+        return cls(batch.features, batch.shapes, fingerprint([batch.ids]))
 
 
 class LookAhead:
@@ -121,19 +154,29 @@ class LookAhead:
 
     Args:
         store: the tables. It serves one open pipeline at a time.
-        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. About `window` + 6 of them are
-            held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those that were
-            drawn and not trained when the loop is left are dropped.
+        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 6
+            more are held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those
+            that were drawn and not trained when the loop is left are dropped.
         ids: maps a batch to its ids: a mapping of feature names, here names of tables, to integer arrays `[B, ...]`,
             the same features in every batch and B the same for all features.
         slots: capacity of the cache in rows, or as a share of all rows such as "1.5%". It must hold the unique rows of
             any one batch. With as many slots as rows ("100%") every row is brought in at the start and stays.
-        window: batches that a plan looks at, from its own on. A row that they want is not evicted; where capacity is
-            short, the one wanted last goes first.
+        policy: which rows make room, by default `lookahead()`; see `jaxcache.policies`. It changes what is moved and
+            never what is trained.
+        window: for `lookahead()`, batches that a plan looks at, from its own on. A row that they want is evicted only
+            where there is no other, and then the one that is wanted last. "auto" looks until the choice is exact, or
+            until the batches ahead hold four times as many distinct rows as there are slots.
+        max_window: most batches that "auto" holds ahead.
+        max_window_bytes: most bytes of batches that "auto" holds ahead: their NumPy arrays, and 4 bytes a lookup.
+        future: for `lookahead()`, the ids of all batches, each a mapping as `ids` returns it, in the order of the
+            loader. The whole future is then the window, no policy can fetch fewer rows, and 4 bytes a lookup and 16
+            bytes a unique row of each batch are held.
+        threads: threads that deduplicate and probe a large batch; by default half of the CPUs, at most 16.
         copy: copies the NumPy arrays of each batch as it is drawn, for loaders that reuse theirs.
 
     Raises:
-        ValueError: if `slots` or `window` is out of range.
+        ValueError: if `slots` or a bound is out of range, if `window` or `future` is given and the policy has a window
+            of its own, or if the counts of the policy do not fit the tables.
 
     >>> import optax
     >>> from jaxcache import HostStore, Table, lookup, update
@@ -156,11 +199,32 @@ class LookAhead:
         loader: Iterable[Any],
         ids: Callable[[Any], Mapping[str, Any]],
         slots: int | str,
-        window: int = 8,
+        policy: Policy | None = None,
+        window: int | Literal["auto"] | None = None,
+        max_window: int = 1024,
+        max_window_bytes: int = 1 << 30,
+        future: Iterable[Mapping[str, Any]] | None = None,
+        threads: int | None = None,
         copy: bool = False,
     ):
-        if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
-            raise ValueError(f"LookAhead(window={window!r}): window must be a number of batches, at least 1")
+        policy = lookahead() if policy is None else policy
+        if not isinstance(policy, Policy):
+            raise TypeError(f"LookAhead(policy=...) needs a policy such as lookahead(), got {type(policy).__name__}")
+        if threads is None:
+            threads = max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
+        if window not in (None, "auto") and not _is_positive(window):
+            raise ValueError(f'LookAhead(window={window!r}): window must be a number of batches, at least 1, or "auto"')
+        bounds = {"max_window": max_window, "max_window_bytes": max_window_bytes, "threads": threads}
+        for name, value in bounds.items():
+            if not _is_positive(value):
+                raise ValueError(f"LookAhead({name}={value!r}): {name} must be an integer, at least 1")
+        if policy.window is not None and not (window is None and future is None):
+            raise ValueError(
+                f"LookAhead(window=..., future=...) are for lookahead(); {policy.name}() looks at {policy.window} "
+                "batches: leave them out"
+            )
+        if window is not None and future is not None:
+            raise ValueError("LookAhead(window=..., future=...): the whole future is the window, leave window out")
         if not isinstance(store, HostStore):
             raise TypeError(f"LookAhead(store=...) needs a HostStore, got {type(store).__name__}")
         if not isinstance(loader, Iterable):
@@ -168,14 +232,23 @@ class LookAhead:
         if not callable(ids):
             raise TypeError('LookAhead(ids=...) needs a function of a batch, such as lambda batch: batch["ids"]')
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
-        self._slots, self._window = _parse_slots(slots, store.group.rows), int(window)
-        self._resident = self._slots == store.group.rows
+        self._slots = _parse_slots(slots, store.group.rows)
+        self._policy, self._future, self._thread_number = policy, future, int(threads)
+        policy.group_counts(store.group)
+        self._window: Window = policy.window or ("all" if future is not None else window or "auto")
+        self._max_window, self._max_window_bytes = int(max_window), int(max_window_bytes)
+        self._resident = self._slots == store.group.rows and not policy.passes
         self._report = Report(
-            row_bytes=store.row_bytes, slots=self._slots, table_bytes=store.table_bytes, window=self._window
+            row_bytes=store.row_bytes,
+            slots=self._slots,
+            table_bytes=store.table_bytes,
+            policy=policy.name,
+            window=self._window,
         )
         self._stages = self._report.stages
         self._shapes, self._evaluation_shapes = Shapes(self._slots), Shapes(0)
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[int, Any] = {}  # exchanges by size
+        self._read_programs: dict[int, Any] = {}  # reads of victims by size, for policies whose rows pass through
         self._drawn, self._planned = _Channel(1), _Channel(1)
         self._ready, self._returning = _Channel(_READY_BATCHES), _Channel(_RETURNING_BATCHES + 1)
         self._threads: list[threading.Thread] = []
@@ -310,29 +383,40 @@ class LookAhead:
         occupied, keys = slot_keys(self._store.group, np.array(cache.slot_table))
         if self._resident:
             if len(keys) == 0:
-                cache = self._bring_in_every_row(cache)
+                cache = self._bring_in(cache, np.arange(self._slots, dtype=np.int64))
             elif len(keys) != self._slots or not (keys == occupied).all():
                 raise ValueError("start(cache) with every row on the device needs a cache from such a run")
             return ResidentPlanner(self._store.group), cache
+        if len(keys) == 0:
+            warm = self._policy.warm_keys(self._store.group, self._slots)[::-1]  # the hottest is to go last
+            cache = self._bring_in(cache, warm)
+            self._report.rows_warmed = len(warm)
+            occupied, keys = slot_keys(self._store.group, np.array(cache.slot_table))
         # The rows looked up least come first in the order of eviction.
-        order = np.argsort(np.array(cache.counts)[occupied], kind="stable")
+        lookups = np.array(cache.counts)[occupied]
+        order = np.argsort(lookups, kind="stable")
         if len(keys) and occupied[-1] != len(keys) - 1:
             raise ValueError("the slots in use must be the first ones: the cache given to start() is damaged")
         planner = LookAheadPlanner(
             self._store.group,
             self._slots,
+            self._policy,
             self._window,
+            self._max_window,
             memory=_REMEMBERED_BATCHES,
-            resident=(keys[order], occupied[order]),
+            resident=(keys[order], occupied[order], lookups[order].astype(np.int64)),
+            threads=self._thread_number,
         )
         return planner, cache
 
-    def _bring_in_every_row(self, cache: CacheState) -> CacheState:
+    def _bring_in(self, cache: CacheState, keys: np.ndarray) -> CacheState:
+        """Fills the first slots of an empty cache with the rows at `keys`."""
         size = min(_CHUNK_ROWS, self._slots)
         insert = self._exchange_program(size)
-        for first in range(0, self._slots, size):
-            keys = np.arange(first, min(first + size, self._slots), dtype=np.int64)
-            exchange = self._exchange(keys, keys.astype(np.int32), size, self._first_step)
+        for first in range(0, len(keys), size):
+            part = keys[first : first + size]
+            slots = np.arange(first, first + len(part), dtype=np.int32)
+            exchange = self._exchange(part, slots, size, self._first_step)
             cache, _ = insert(cache, jax.tree.map(jnp.asarray, exchange))
             cache = dataclasses.replace(cache, exchanged=jnp.array(self._first_step, jnp.int32))
         return cache
@@ -365,7 +449,7 @@ class LookAhead:
             self._ready.put(_END, self._stages["step"])  # so that another next() ends as well
             raise StopIteration
         try:
-            ready.batch.check_unchanged(self._number)
+            ready.ahead.batch.check_unchanged(self._number)
         except RuntimeError as error:
             self._error = error  # the batch is lost: none can follow it
             raise
@@ -404,15 +488,36 @@ class LookAhead:
                 f"{self._number - 1}"
             )
         self._wait_for_landing()
-        state, receipt = self._programs[len(ready.exchange.slots)](cache, ready.exchange)
+        exchange, planned = ready.exchange, ready.ahead.planned
+        if exchange is None:
+            exchange = self._take_victims_home(cache, ready)
+            planned = dataclasses.replace(planned, victims=_NO_KEYS)
+        state, receipt = self._programs[ready.exchange_size](cache, exchange)
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put((ready.planned, receipt), self._stages["step"])
+        self._returning.put((planned, receipt), self._stages["step"])
         with self._progress:
             self._exchanged += 1
         self._count_exchange(ready)
         return state
+
+    def _take_victims_home(self, cache: CacheState, ready: _Ready) -> Exchange:
+        """Writes a batch's victims home, and only then reads the rows that it fetches: some are the same."""
+        with self._progress:
+            while self._landed < self._exchanged and self._write_error is None:
+                self._progress.wait(_POLL_SECONDS)
+                self._raise_if_interrupted()
+            self._raise_write_error()
+        newest, found = self._store.exchanged, int(cache.exchanged)
+        if found != newest:
+            raise RuntimeError(_explain_fault(CacheState.NO_FAULT, int(cache.step), found, newest))
+        planned, step = ready.ahead.planned, self._first_step + ready.ahead.number
+        number = len(planned.victims)
+        slots = padded(planned.slots[len(planned.slots) - number :], ready.unique_bound, self._slots)
+        rows = self._read_programs[ready.unique_bound](cache.buffer, slots)
+        self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[:number], rows))
+        return jax.device_put(self._exchange(planned.fetched, planned.slots, ready.exchange_size, step))
 
     def _wait_for_landing(self) -> None:
         """Waits while as many exchanges are under way as may be: the device, or the write-back, is behind."""
@@ -519,8 +624,7 @@ class LookAhead:
         for number, content in enumerate(loader):
             self._raise_if_interrupted()
             batch = Batch.read(content, self._ids, group, hold=False)
-            keys = [group.keys(table, ids) for table, ids in zip(batch.tables, batch.ids, strict=True)]
-            unique, inverse, occurrences = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
+            unique, inverse, occurrences = np.unique(batch.keys(group), return_inverse=True, return_counts=True)
             shapes.fit(batch, len(unique))
             bound = shapes.unique_bound
             plan = shapes.plan(
@@ -554,13 +658,15 @@ class LookAhead:
             self._handed_over = None
 
     def _count_exchange(self, ready: _Ready) -> None:
-        report, planned = self._report, ready.planned
+        report, ahead, planned = self._report, ready.ahead, ready.ahead.planned
         report.steps += 1
-        report.lookups += len(planned.inverse)
+        report.lookups += len(ahead.observed.inverse)
         report.unique_rows += len(planned.unique_slots)
         report.lookup_hits += ready.lookup_hits
         report.rows_fetched += len(planned.fetched)
         report.rows_written_back += len(planned.victims)
+        report.longest_window = max(report.longest_window, ahead.window)
+        report.window_limited += ahead.limited
         report.unique_bound, report.bound_growths = ready.unique_bound, ready.growths
 
     def _require_running(self, what: str) -> None:
@@ -639,53 +745,82 @@ class LookAhead:
 
     def _plan_batches(self, planner: Planner) -> None:
         stage = self._stages["plan"]
-        batches: deque[Batch] = deque()
-        number, ended = 0, False
-
-        def observe_until(count: int) -> None:
-            nonlocal ended
-            while len(batches) < count and not ended:
-                batch = self._drawn.get(stage)
-                if batch is _END:
-                    ended = True
+        source = self._drawn_batches() if self._future is None else self._future_batches(self._future)
+        ahead: deque[tuple[Batch | _Expected, Observed]] = deque()
+        held, number, drawn = 0, 0, None
+        try:
+            while True:
+                limited = False
+                # A plan that needs victims waits for all of its window: which rows go depends on the batches alone,
+                # never on time.
+                while planner.wants_batch():
+                    limited = self._window == "auto" and len(ahead) > 0 and held >= self._max_window_bytes
+                    if limited or (item := next(source, None)) is None:
+                        break
+                    batch, lookups = item
+                    with stage.working():
+                        ahead.append((batch, planner.observe(*lookups)))
+                    held += batch.nbytes
+                if not ahead:
                     break
+                window = len(ahead)
+                batch, observed = ahead.popleft()
+                held -= batch.nbytes
+                if isinstance(batch, _Expected):
+                    drawn = self._drawn.get(stage)
+                    if drawn is _END:
+                        break
+                    if _Expected.of(drawn) != batch:
+                        raise ValueError(
+                            f"batch {number} of the loader has other ids than LookAhead(future=...) gave for it: both "
+                            "must yield the same ids in the same order (is the loader shuffled anew?)"
+                        )
+                    batch = drawn.observed()
+                limited = limited or planner.limited
                 with stage.working():
-                    planner.observe(batch.ids, batch.tables)
-                batches.append(batch)
+                    planned = planner.plan()
+                limited = limited and len(planned.victims) > 0
+                self._planned.put(_Ahead(number, batch, observed, planned, window, limited), stage)
+                number += 1
+            if self._future is not None and drawn is not _END and self._drawn.get(stage) is not _END:
+                raise ValueError(
+                    f"LookAhead(future=...) ended after {number} batches and the loader goes on: it must yield the ids "
+                    "of every batch of the loader"
+                )
+            self._planned.put(_END, stage)
+        finally:
+            planner.close()
 
-        while True:
-            # The first step starts as soon as its own batch is planned, so the window opens by a batch a plan. A plan
-            # that needs victims waits for all of it: which rows go depends on the batches alone, never on time.
-            observe_until(min(self._window, number + 1))
-            if not batches:
-                break
-            if planner.needs_window():
-                observe_until(self._window)
-            with stage.working():
-                planned = planner.plan()
-            self._planned.put((number, batches.popleft(), planned), stage)
-            number += 1
-        self._planned.put(_END, stage)
+    def _drawn_batches(self) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
+        while (batch := self._drawn.get(self._stages["plan"])) is not _END:
+            yield batch.observed(), batch.lookups
+
+    def _future_batches(
+        self, future: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[_Expected, tuple[np.ndarray, ...]]]:
+        for mapping in future:
+            batch = Batch.read(mapping, lambda ids: ids, self._store.group, hold=False)
+            yield _Expected.of(batch), batch.lookups
 
     def _collect_rows(self) -> None:
         collect, send = self._stages["collect"], self._stages["send"]
-        while (item := self._planned.get(collect)) is not _END:
-            number, batch, planned = item
-            self._wait_for_write_back(max(planned.wait_for, number - _REMEMBERED_BATCHES), collect)
+        while (ahead := self._planned.get(collect)) is not _END:
+            batch, observed, planned = ahead.batch, ahead.observed, ahead.planned
+            home = -1 if ahead.home_first else planned.wait_for
+            self._wait_for_write_back(max(home, ahead.number - _REMEMBERED_BATCHES), collect)
             with collect.working():
                 self._shapes.fit(batch, len(planned.unique_slots))
                 size = self._size_class(len(planned.fetched))
-                step = self._first_step + number
-                exchange = self._exchange(planned.fetched, planned.slots, size, step)
-                plan = self._shapes.plan(batch, planned.inverse, planned.occurrences, planned.unique_slots, step)
+                step = self._first_step + ahead.number
+                exchange = None if ahead.home_first else self._exchange(planned.fetched, planned.slots, size, step)
+                plan = self._shapes.plan(batch, observed.inverse, observed.occurrences, planned.unique_slots, step)
                 content = self._shapes.pad(batch)
             with send.working():
                 # These arrays are fresh and never written again, so that a transfer without a copy is sound.
                 plan, exchange = jax.device_put((plan, exchange))
-            hits = len(planned.inverse) - int(planned.occurrences[planned.missed].sum())
+            hits = len(observed.inverse) - int(observed.occurrences[planned.missed].sum())
             bound, growths = self._shapes.unique_bound, self._shapes.growths
-            ready = _Ready(batch, content, plan, exchange, planned, hits, bound, growths)
-            self._ready.put(ready, send)
+            self._ready.put(_Ready(ahead, content, plan, exchange, size, hits, bound, growths), send)
         self._ready.put(_END, send)
 
     def _wait_for_write_back(self, number: int, stage: Stage) -> None:
@@ -708,6 +843,9 @@ class LookAhead:
         for size in sizes:
             if size not in self._programs:
                 self._programs[size] = self._exchange_program(size)
+        if self._policy.passes and bound not in self._read_programs:
+            leaves, treedef = jax.tree.flatten(self._abstract_state.buffer)
+            self._read_programs[bound] = _compile_read(treedef, tuple(leaves), bound, self._device)
         return next(size for size in sizes if size >= rows)
 
     def _exchange_program(self, size: int) -> Any:
@@ -770,6 +908,11 @@ def _explain_fault(fault: int, step: int, exchanged: int, expected: int) -> str:
     )
 
 
+def _is_positive(value: Any) -> bool:
+    """Whether `value` is an integer of at least 1."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
+
+
 def _parse_slots(slots: int | str, rows: int) -> int:
     """Number of slots from `LookAhead(slots=...)`, at most the number of rows."""
     try:
@@ -778,7 +921,7 @@ def _parse_slots(slots: int | str, rows: int) -> int:
             if not 0 < share <= 100:
                 raise ValueError
             count = math.ceil(rows * share / 100)
-        elif isinstance(slots, int | np.integer) and not isinstance(slots, bool) and slots > 0:
+        elif _is_positive(slots):
             count = int(slots)
         else:
             raise ValueError
@@ -798,6 +941,14 @@ def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], de
     state, exchange = jax.tree.unflatten(treedef, leaves)
     with jax.default_device(device):
         return jax.jit(apply_exchange, donate_argnums=0).lower(state, exchange).compile()
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_read(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], size: int, device: jax.Device) -> Any:
+    """What reads `size` rows of a buffer, compiled; kept as well."""
+    slots = jax.ShapeDtypeStruct((size,), np.int32)
+    with jax.default_device(device):
+        return _read_rows.lower(jax.tree.unflatten(treedef, leaves), slots).compile()
 
 
 _NO_KEYS, _NO_SLOTS = np.zeros(0, np.int64), np.zeros(0, np.int32)

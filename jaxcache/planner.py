@@ -1,30 +1,36 @@
 """From the ids of batches to slots, victims and missed rows: the look-ahead planner. NumPy and Numba, no JAX.
 
-A planner is used in two calls. `observe(batch)` draws a batch into the window: its lookups become unique rows, and each
-row learns of its next use. `plan()` decides the oldest observed batch: its rows get slots, and victims make room. What
-is planned depends on the order of these calls alone, never on time.
+A planner is used in two calls. `observe` draws a batch into the window: its lookups become unique rows, and each row
+learns of its next use. `plan` decides the oldest observed batch: its rows get slots, and victims make room. What is
+planned depends on the order of these calls alone, never on time or on the number of threads.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numba
 import numpy as np
 
 from jaxcache import index
 from jaxcache.index import ABSENT, prefetch
+from jaxcache.lookups import CHUNK_LOOKUPS, SMALL_ROWS, chunks, deduplicate, renumber, scratch
+from jaxcache.policies import Policy, lookahead
 from jaxcache.tables import Group
+
+Window = int | Literal["auto", "all"]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A batch in the window.
+    """A batch in the window, with L lookups of U unique rows.
 
     Attributes:
-        inverse: `int32[L]`, for each lookup the position of its row among the batch's unique rows.
+        inverse: `int32[L]`, for each lookup the position of its row among the batch's unique rows, which are in order
+            of first occurrence.
         occurrences: `int32[U]`, lookups of each unique row.
     """
 
@@ -37,17 +43,15 @@ class PlannedBatch:
     """The decision on one batch, with U unique rows, M missed rows and V <= M victims.
 
     Attributes:
-        inverse, occurrences: as in `Observed`.
         unique_slots: `int32[U]`, the slot of each unique row.
         missed: `int32[M]`, positions of the missed rows among the unique ones.
         fetched: `int64[M]`, keys of the rows to bring in.
         slots: `int32[M]`, where they go.
         victims: `int64[V]`, keys of the rows to take home; they lie in the last V of `slots`.
-        wait_for: the latest batch whose victims are among `fetched`: its write-back must have landed. ABSENT if none.
+        wait_for: the latest batch whose victims are among `fetched`: its write-back must have landed. ABSENT if none;
+            this very batch if a row that passes through is used by two batches in a row.
     """
 
-    inverse: np.ndarray
-    occurrences: np.ndarray
     unique_slots: np.ndarray
     missed: np.ndarray
     fetched: np.ndarray
@@ -61,34 +65,79 @@ class TooFewSlots(ValueError):
 
 
 class Planner(Protocol):
-    """What the pipeline asks of a planner."""
+    """What its callers ask of a planner. Each goes on like this until its batches have ended and none is ahead:
 
-    def needs_window(self) -> bool:
-        """Whether the plan of the oldest observed batch may depend on the batches behind it."""
+    while planner.wants_batch() and (batch := next(batches, None)) is not None:
+        planner.observe(*batch)
+    planned = planner.plan()
+    """
 
-    def observe(self, ids: list[np.ndarray], tables: list[int]) -> Observed:
-        """Draws a batch: for each feature its valid ids, `int64[n]`, and the position of its table."""
+    @property
+    def ahead(self) -> int:
+        """Batches that are observed and not planned."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether a bound kept the last `wants_batch` from asking for more."""
+
+    def wants_batch(self) -> bool:
+        """Whether the plan of the oldest observed batch needs, or may be better for, another batch."""
+
+    def observe(self, ids: np.ndarray, starts: np.ndarray, tables: np.ndarray) -> Observed:
+        """Draws a batch into the window.
+
+        Args:
+            ids: `int64[L]`, valid ids, one feature after the other.
+            starts: `int64[F + 1]`, where each of the F features starts in `ids`, and the end.
+            tables: `int64[F]`, position of each feature's table in the group.
+        """
 
     def plan(self) -> PlannedBatch:
-        """Plans the oldest observed batch. Raises `TooFewSlots`."""
+        """Plans the oldest observed batch. Raises `TooFewSlots`, and then changes nothing."""
+
+    def close(self) -> None:
+        """Ends its threads."""
 
 
-# An entry stands for a row that is resident, wanted by a batch of the window, or lately evicted. Entries of one list
-# are linked in a ring through the list's own entry (`_RECENT`, then one for each batch of the window).
+# An entry stands for a row that is resident, wanted by a batch of the window, or lately evicted.
 _ENTRY = np.dtype(
     [
         ("key", np.int64),
         ("use", np.int64),  # place of the row's latest use in the uses: those of the window are still to come
-        ("evicted", np.int32),  # batch that evicted it, ABSENT once that is long ago
-        ("slot", np.int32),  # ABSENT if not resident
-        ("previous", np.int32),
-        ("next", np.int32),
+        ("place", np.int32),  # its slot if resident; else ABSENT, or _EVICTED minus the batch that evicted it
+        ("heat", np.int32),  # what the policy ranks it by; _PASSING if it passes through
+        ("filed", np.int32),  # number of its item in a list, or position in the heap, if nothing wants it
+        ("next", np.int32),  # the next free entry
     ],
     align=True,
 )
-_RECENT = 0  # the list of resident rows that no batch of the window wants, least recently used first
-_FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES = range(4)  # fields of `counters`
-_AHEAD = 32  # lookups or rows between asking for their memory and needing it
+_EVICTED = -2
+_PASSING = -1
+_NOT_FILED = 0
+
+# Resident rows that no batch of the window wants are filed in the order of their eviction. Most policies file them in
+# lists, least recently used first. All of `_FIRST` goes first. Frequencies that nearly agree share a level, of which
+# there are two a doubling: `_LEVELS` lists are used in turn for the levels from that of a new row upwards, and as time
+# goes on, lists of levels that fall below are appended to `_FIRST`. Exact ranks lie in a binary heap instead.
+#
+# A list is made of chunks of items, so that the next victims' entries can be asked for early. A row that is wanted
+# again leaves behind an item whose number is no longer its entry's; such items are skipped, and swept out when many.
+_FIRST = 0
+_LEVELS = 64
+_LISTS = 1 + _LEVELS
+_LEVEL_BITS = 22  # of a positive float32, read as an integer: exponent and the first bit of the mantissa
+_RESCALED_DOUBLINGS = 64  # a multiple of _LEVELS / 2, so that levels keep their lists
+_CHUNK_ITEMS = 128
+_TURNOVERS = 6  # of the cache, until a use counts half
+_DISTINCT = 4  # times as many distinct rows as slots are as good as the whole future
+
+_ORDERS = {"recency": 0, "aged": 1, "count": 2, "rank": 3}
+_RECENCY, _AGED, _COUNT, _RANK = range(4)
+# Fields of `counters`.
+_FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES, _WANTED, _UNWANTED, _HEAPED, _FREE_CHUNK, _CHUNKS, _ITEMS, _FILED = range(11)
+_NEXT, _START, _STOP = range(3)  # fields of a chunk: the next one of its list, where its items start and stop
+_HEAD, _TAIL = range(2)  # chunks of a list
+_AHEAD = 32  # rows between asking for their memory and needing it
 
 
 @numba.njit(cache=True)
@@ -99,24 +148,208 @@ def _compiled_version():
 index.discard_stale(_compiled_version, __name__)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _unlink(entries, e):
-    before, after = entries[e].previous, entries[e].next
-    entries[before].next = after
-    entries[after].previous = before
+# Numba counts references to arrays at every call that it inlines, which costs more than these loops: so they are
+# functions of many rows each.
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _append(entries, head, e):
-    last = entries[head].previous
-    entries[last].next = e
-    entries[e].previous = last
-    entries[e].next = head
-    entries[head].previous = e
+@numba.njit(cache=True, nogil=True)
+def _append(rows, which, lists, chunks, items, entries, counters):
+    """Files each of `rows` last in its list of `which`."""
+    for i in range(rows.shape[0]):
+        tail = np.int64(lists[which[i], _TAIL])
+        if tail == ABSENT or chunks[tail, _STOP] == _CHUNK_ITEMS:
+            chunk = counters[_FREE_CHUNK]
+            if chunk != ABSENT:
+                counters[_FREE_CHUNK] = chunks[chunk, _NEXT]
+            else:
+                chunk = counters[_CHUNKS]
+                counters[_CHUNKS] += 1
+            chunks[chunk, _NEXT] = ABSENT
+            chunks[chunk, _START] = chunks[chunk, _STOP] = 0
+            if tail == ABSENT:
+                lists[which[i], _HEAD] = chunk
+            else:
+                chunks[tail, _NEXT] = chunk
+            lists[which[i], _TAIL] = chunk
+            tail = chunk
+        counters[_FILED] += 1
+        if np.int32(counters[_FILED]) == _NOT_FILED:  # after 2**32 items
+            counters[_FILED] += 1
+        number = np.int32(counters[_FILED])
+        place = tail * _CHUNK_ITEMS + chunks[tail, _STOP]
+        items[place, 0] = rows[i]
+        items[place, 1] = number
+        entries[rows[i]].filed = number
+        chunks[tail, _STOP] += 1
+    counters[_ITEMS] += rows.shape[0]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _new_entry(entries, cells, counters, key):
+@numba.njit(cache=True, nogil=True)
+def _take(rows, which, lists, chunks, items, entries, counters):
+    """Takes rows from the start of a list, until it is empty or `rows` is full. Returns how many it took."""
+    taken = 0
+    while taken < rows.shape[0] and lists[which, _HEAD] != ABSENT:
+        head = np.int64(lists[which, _HEAD])
+        start, stop = np.int64(chunks[head, _START]), np.int64(chunks[head, _STOP])
+        while taken < rows.shape[0] and start < stop:
+            place = head * _CHUNK_ITEMS + start
+            # Past a chunk's end this is some other row, or none, and does no harm.
+            prefetch(entries, np.int64(items[min(place + _AHEAD, items.shape[0] - 1), 0]))
+            start += 1
+            counters[_ITEMS] -= 1
+            if entries[items[place, 0]].filed == items[place, 1]:
+                rows[taken] = items[place, 0]
+                taken += 1
+        chunks[head, _START] = start
+        if start == stop:
+            lists[which, _HEAD] = chunks[head, _NEXT]
+            if lists[which, _HEAD] == ABSENT:
+                lists[which, _TAIL] = ABSENT
+            chunks[head, _NEXT] = counters[_FREE_CHUNK]
+            counters[_FREE_CHUNK] = head
+    return taken
+
+
+@numba.njit(cache=True, nogil=True)
+def _sink(lists, chunks, floor, new_floor):
+    """Appends the lists of the levels from `floor` up to below `new_floor` to the first list."""
+    for level in range(floor, min(new_floor, floor + _LEVELS)):
+        which = 1 + (level & (_LEVELS - 1))
+        if lists[which, _HEAD] != ABSENT:
+            if lists[_FIRST, _TAIL] == ABSENT:
+                lists[_FIRST, _HEAD] = lists[which, _HEAD]
+            else:
+                chunks[lists[_FIRST, _TAIL], _NEXT] = lists[which, _HEAD]
+            lists[_FIRST, _TAIL] = lists[which, _TAIL]
+            lists[which, _HEAD] = lists[which, _TAIL] = ABSENT
+
+
+@numba.njit(cache=True, nogil=True)
+def _sweep(lists, chunks, items, swept_lists, swept_chunks, swept_items, entries, counters):
+    """Moves the lists to the empty swept ones, without the items of rows that have gone on."""
+    counters[_FREE_CHUNK], counters[_CHUNKS], counters[_ITEMS] = ABSENT, 0, 0
+    rows, places = np.empty(_CHUNK_ITEMS, np.int32), np.empty(_CHUNK_ITEMS, np.int64)
+    for which in range(_LISTS):
+        places[:] = which
+        chunk = np.int64(lists[which, _HEAD])
+        while chunk != ABSENT:
+            number = 0
+            for i in range(chunks[chunk, _START], chunks[chunk, _STOP]):
+                place = chunk * _CHUNK_ITEMS + i
+                prefetch(entries, np.int64(items[min(place + _AHEAD, items.shape[0] - 1), 0]))
+                if entries[items[place, 0]].filed == items[place, 1]:
+                    rows[number] = items[place, 0]
+                    number += 1
+            _append(rows[:number], places, swept_lists, swept_chunks, swept_items, entries, counters)
+            chunk = np.int64(chunks[chunk, _NEXT])
+
+
+@numba.njit(cache=True, nogil=True)
+def _sift(heap, entries, i, e):
+    """Puts `e` where it belongs in the binary heap whose hole is at `i`: the coldest first, then the oldest use."""
+    heat, use = entries[e].heat, entries[e].use
+    number = heap.shape[0]
+    while i > 0:
+        above = (i - 1) >> 1
+        other = heap[above]
+        if (entries[other].heat, entries[other].use) < (heat, use):
+            break
+        heap[i] = other
+        entries[other].filed = i
+        i = above
+    while 2 * i + 1 < number:
+        below = 2 * i + 1
+        other = heap[below]
+        if below + 1 < number:
+            right = heap[below + 1]
+            if (entries[right].heat, entries[right].use) < (entries[other].heat, entries[other].use):
+                below, other = below + 1, right
+        if (heat, use) < (entries[other].heat, entries[other].use):
+            break
+        heap[i] = other
+        entries[other].filed = i
+        i = below
+    heap[i] = e
+    entries[e].filed = i
+
+
+@numba.njit(cache=True, nogil=True)
+def _heap_remove(heap, entries, counters, e):
+    counters[_HEAPED] -= 1
+    last = counters[_HEAPED]
+    if heap[last] != e:
+        _sift(heap[:last], entries, np.int64(entries[e].filed), np.int64(heap[last]))
+
+
+@numba.njit(cache=True, nogil=True)
+def _file(rows, order, floor, lists, chunks, items, heap, entries, counters):
+    """Files resident rows that nothing wants any more. `floor` is the level of a row that is used once, now."""
+    counters[_UNWANTED] += rows.shape[0]
+    which = np.full(rows.shape[0], _FIRST, np.int64)
+    if order == _AGED:
+        for i in range(rows.shape[0]):
+            level = np.int64(entries[rows[i]].heat) >> _LEVEL_BITS
+            if level >= floor:
+                which[i] = 1 + (level & (_LEVELS - 1))
+    elif order != _RECENCY:
+        passing = 0
+        for i in range(rows.shape[0]):
+            e = np.int64(rows[i])
+            if entries[e].heat == _PASSING:
+                rows[passing] = e
+                passing += 1
+            else:
+                counters[_HEAPED] += 1
+                _sift(heap[: counters[_HEAPED]], entries, counters[_HEAPED] - 1, e)
+        rows = rows[:passing]
+    _append(rows, which, lists, chunks, items, entries, counters)
+
+
+@numba.njit(cache=True, nogil=True)
+def _coldest(rows, floor, lists, chunks, items, heap, entries, counters):
+    """Takes the rows that go first of those that nothing wants, at most `len(rows)`. Returns how many it took."""
+    taken = _take(rows, _FIRST, lists, chunks, items, entries, counters)
+    while taken < rows.shape[0] and counters[_HEAPED] > 0:
+        rows[taken] = heap[0]
+        taken += 1
+        _heap_remove(heap, entries, counters, np.int64(heap[0]))
+    for level in range(floor, floor + _LEVELS):
+        if taken == rows.shape[0]:
+            break
+        which = 1 + (level & (_LEVELS - 1))
+        taken += _take(rows[taken:], which, lists, chunks, items, entries, counters)
+    for i in range(taken):
+        entries[rows[i]].filed = _NOT_FILED
+    counters[_UNWANTED] -= taken
+    return taken
+
+
+@numba.njit(cache=True, nogil=True)
+def _farthest(rows, observed, batches, entries, uses):
+    """Takes the wanted rows whose next use is farthest; `observed` is the number of batches observed."""
+    use_mask, batch_mask = uses.shape[0] - 1, batches.shape[0] - 1
+    taken, batch = 0, observed - 1
+    while taken < rows.shape[0]:
+        b = batch & batch_mask
+        while taken < rows.shape[0] and batches[b, 2] < batches[b, 1]:
+            place = batches[b, 0] + batches[b, 2]
+            rows[taken] = uses[place & use_mask, 2]
+            prefetch(entries, np.int64(rows[taken]))
+            batches[b, 2] += 1
+            taken += 1
+        batch -= 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _rescale(entries, number):
+    """Divides every heat by 2**_RESCALED_DOUBLINGS."""
+    for e in range(number):
+        heat = np.int32(entries[e].heat).view(np.float32) * np.float32(2.0**-_RESCALED_DOUBLINGS)
+        entries[e].heat = np.float32(heat).view(np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _new_entry(entries, counters, key):
     e = counters[_FREE_ENTRY]
     if e != ABSENT:
         counters[_FREE_ENTRY] = entries[e].next
@@ -125,123 +358,158 @@ def _new_entry(entries, cells, counters, key):
         counters[_ENTRIES] += 1
     entries[e].key = key
     entries[e].use = ABSENT
-    entries[e].evicted = ABSENT
-    entries[e].slot = ABSENT
-    index.insert(cells, key, e)
+    entries[e].place = ABSENT
+    entries[e].heat = 0
+    entries[e].filed = _NOT_FILED
     return e
 
 
 @numba.njit(cache=True, nogil=True)
-def _observe(ids, base, batch, window, buckets, cells, entries, uses, counters, inverse, occurrences, unique):
-    """Adds the lookups of one feature to `batch`, which has `unique` rows so far. Returns the number it then has.
+def _observe(
+    batch, chunks, keys, chunk_occurrences, uniques, found, order, counts, window, batches, cells, entries, uses, heap,
+    counters, occurrences,
+):  # fmt: skip
+    """Adds the chunks' unique rows to `batch`, and sets `found` to their positions in it. Returns how many they are.
 
     `window` is the place of the first use that is not planned yet.
     """
     use_mask = uses.shape[0] - 1
-    bucket = 1 + batch % buckets
     first = counters[_USES]
-    lookups = ids.shape[0]
-    found = np.empty(_AHEAD, np.int64)
-    for i in range(min(_AHEAD, lookups)):
-        prefetch(cells, index.home(cells, np.int64(np.uint64(ids[i]) + base)))
-    for start in range(0, lookups, _AHEAD):
-        stop = min(start + _AHEAD, lookups)
-        for i in range(stop, min(stop + _AHEAD, lookups)):
-            prefetch(cells, index.home(cells, np.int64(np.uint64(ids[i]) + base)))
+    unique = filed = 0
+    for c in range(chunks.shape[0]):
+        start = chunks[c, 0]
+        stop = start + uniques[c]
+        for i in range(start, min(start + _AHEAD, stop)):
+            prefetch(entries, np.int64(max(found[i], 0)))
         for i in range(start, stop):
-            e = index.find(cells, np.int64(np.uint64(ids[i]) + base))
-            found[i - start] = e
-            if e != ABSENT:
-                prefetch(entries, e)
-        for i in range(start, stop):
-            e = found[i - start]
+            if i + _AHEAD < stop:
+                prefetch(entries, np.int64(max(found[i + _AHEAD], 0)))
+            if i + _AHEAD // 2 < stop and found[i + _AHEAD // 2] != ABSENT:
+                prefetch(uses, entries[found[i + _AHEAD // 2]].use & use_mask)
+            e = np.int64(found[i])
             if e == ABSENT:
-                key = np.int64(np.uint64(ids[i]) + base)
-                e = index.find(cells, key)  # the row may have come in with a lookup just before
+                cell = index.probe(cells, keys[i])
+                e = cells[cell, 1] - 1  # another chunk may have brought the row in
                 if e == ABSENT:
-                    e = _new_entry(entries, cells, counters, key)
-            if entries[e].use < first:  # its first lookup in this batch
+                    e = _new_entry(entries, counters, keys[i])
+                    cells[cell, 0], cells[cell, 1] = keys[i], e + 1
+                    if order == _RANK:
+                        entries[e].heat = counts[keys[i]]
+            latest = entries[e].use
+            if latest < first:  # its first lookup in this batch
                 use = first + unique
                 uses[use & use_mask, 0] = e
                 uses[use & use_mask, 1] = ABSENT
-                if entries[e].use >= window:
-                    uses[entries[e].use & use_mask, 1] = batch
-                elif entries[e].slot != ABSENT:
-                    _unlink(entries, e)
-                    _append(entries, bucket, e)
+                if latest >= window:
+                    uses[latest & use_mask, 1] = batch
+                else:
+                    counters[_WANTED] += 1
+                    if entries[e].place >= 0:
+                        counters[_UNWANTED] -= 1
+                        if order >= _COUNT and entries[e].heat != _PASSING:
+                            _heap_remove(heap, entries, counters, e)
+                        entries[e].filed = _NOT_FILED
+                        uses[(first + filed) & use_mask, 2] = e
+                        filed += 1
                 entries[e].use = use
-                occurrences[unique] = 0
+                occurrences[unique] = chunk_occurrences[i]
+                found[i] = unique
                 unique += 1
-            position = entries[e].use - first
-            inverse[i] = position
-            occurrences[position] += 1
+            else:
+                found[i] = latest - first
+                occurrences[latest - first] += chunk_occurrences[i]
+    b = batch & (batches.shape[0] - 1)
+    batches[b, 0], batches[b, 1], batches[b, 2] = first, filed, 0
     return unique
 
 
 @numba.njit(cache=True, nogil=True)
-def _plan(
-    batch, observed, buckets, first_use, unique, capacity, entries, uses, counters,
-    unique_slots, missed, fetched, slots, victims, victim_entries,
-):  # fmt: skip
-    """Plans `batch`, whose uses start at `first_use`; `observed` is the number of batches observed.
-
-    Returns the numbers of missed rows and victims, and `wait_for`. Nothing is left half done if slots do not suffice:
-    the first number is then ABSENT.
-    """
+def _misses(first_use, unique, passes, entries, uses, missed):
+    """Lists the positions of missed rows: first those that are not resident, then those that pass through."""
     use_mask = uses.shape[0] - 1
-    if unique > capacity:
-        return ABSENT, 0, ABSENT
-    misses = 0
+    absent, passing = 0, 0
+    passed = np.empty(unique if passes else 0, np.int32)
     for u in range(unique):
         if u + _AHEAD < unique:
-            prefetch(entries, uses[(first_use + u + _AHEAD) & use_mask, 0])
+            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, 0]))
         e = uses[(first_use + u) & use_mask, 0]
-        if entries[e].slot != ABSENT:
-            _unlink(entries, e)  # in no list while the batch is planned, so that no victim is taken from it
-        else:
-            missed[misses] = u
-            misses += 1
+        if entries[e].place < 0:
+            missed[absent] = u
+            absent += 1
+        elif passes and entries[e].heat == _PASSING:
+            passed[passing] = u
+            passing += 1
+    missed[absent : absent + passing] = passed[:passing]
+    return absent, passing
 
-    evicted, wait_for = 0, ABSENT
-    farthest = observed - 1
-    for m in range(misses):
-        if m + _AHEAD < misses:
-            prefetch(entries, uses[(first_use + missed[m + _AHEAD]) & use_mask, 0])
-        e = uses[(first_use + missed[m]) & use_mask, 0]
-        if counters[_OCCUPIED] < capacity:
+
+@numba.njit(cache=True, nogil=True)
+def _plan(
+    batch, observed, first_use, occurrences, absent, capacity, order, passes, weight, floor, batches, entries, uses,
+    lists, chunks, items, heap, counters, missed, unique_slots, fetched, slots, victims, victim_entries,
+):  # fmt: skip
+    """Plans `batch`; `observed` is the number of batches observed, of `missed` the first `absent` are not resident.
+
+    Returns the number of victims and `wait_for`.
+    """
+    use_mask, batch_mask = uses.shape[0] - 1, batches.shape[0] - 1
+    free = min(absent, capacity - counters[_OCCUPIED])
+    evicted, wait_for = absent - free, np.int64(ABSENT)
+    taken = _coldest(victim_entries[:evicted], floor, lists, chunks, items, heap, entries, counters)
+    # If every resident row is wanted in the window, the one whose next use is farthest goes.
+    _farthest(victim_entries[taken:evicted], observed, batches, entries, uses)
+    for m in range(missed.shape[0]):
+        if m + _AHEAD < missed.shape[0]:
+            prefetch(entries, np.int64(uses[(first_use + missed[m + _AHEAD]) & use_mask, 0]))
+        e = np.int64(uses[(first_use + missed[m]) & use_mask, 0])
+        fetched[m] = entries[e].key
+        if m >= absent:  # its own victim
+            slots[m] = entries[e].place
+            victims[evicted] = entries[e].key
+            victim_entries[evicted] = e
+            evicted += 1
+            wait_for = batch
+            continue
+        wait_for = max(wait_for, _EVICTED - entries[e].place)
+        if m < free:
             slot = counters[_OCCUPIED]
             counters[_OCCUPIED] += 1
         else:
-            head = _RECENT
-            if entries[head].next == head:
-                # Every resident row is wanted in the window: shrink it from its far end.
-                head = 1 + farthest % buckets
-                while entries[head].next == head:
-                    farthest -= 1
-                    head = 1 + farthest % buckets
-            v = entries[head].next
-            _unlink(entries, v)
-            slot = entries[v].slot
-            entries[v].slot = ABSENT
-            entries[v].evicted = batch
-            victims[evicted] = entries[v].key
-            victim_entries[evicted] = v
-            evicted += 1
-        entries[e].slot = slot
+            v = victim_entries[m - free]
+            slot = np.int64(entries[v].place)
+            entries[v].place = _EVICTED - batch
+            if order == _COUNT:
+                entries[v].heat = 0
+            victims[m - free] = entries[v].key
+        entries[e].place = slot
+        if passes:
+            entries[e].heat = _PASSING
         slots[m] = slot
-        fetched[m] = entries[e].key
-        if entries[e].evicted > wait_for:
-            wait_for = entries[e].evicted
 
-    for u in range(unique):
-        if u + _AHEAD < unique:
-            prefetch(entries, uses[(first_use + u + _AHEAD) & use_mask, 0])
+    unwanted = 0
+    rows = np.empty(occurrences.shape[0], np.int32)
+    for u in range(occurrences.shape[0]):
+        if u + _AHEAD < occurrences.shape[0]:
+            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, 0]))
         use = (first_use + u) & use_mask
-        e = uses[use, 0]
-        unique_slots[u] = entries[e].slot
-        following = uses[use, 1]
-        _append(entries, _RECENT if following == ABSENT else 1 + following % buckets, e)
-    return misses, evicted, wait_for
+        e = np.int64(uses[use, 0])
+        unique_slots[u] = entries[e].place
+        if order == _AGED:
+            heat = np.int32(entries[e].heat).view(np.float32) + weight
+            entries[e].heat = np.float32(heat).view(np.int32)
+        elif order == _COUNT:
+            entries[e].heat = min(np.int64(entries[e].heat) + occurrences[u], 2**31 - 1)
+        following = np.int64(uses[use, 1])
+        if following == ABSENT:
+            rows[unwanted] = e
+            unwanted += 1
+        else:  # no batch has more rows filed under it than it has uses
+            b = following & batch_mask
+            uses[(batches[b, 0] + batches[b, 1]) & use_mask, 2] = e
+            batches[b, 1] += 1
+    counters[_WANTED] -= unwanted
+    _file(rows[:unwanted], order, floor, lists, chunks, items, heap, entries, counters)
+    return evicted, wait_for
 
 
 @numba.njit(cache=True, nogil=True)
@@ -252,26 +520,31 @@ def _forget(batch, victims, window, cells, entries, counters):
     """
     for v in range(victims.shape[0]):
         if v + _AHEAD < victims.shape[0]:
-            prefetch(entries, victims[v + _AHEAD])
+            prefetch(entries, np.int64(victims[v + _AHEAD]))
         if v + _AHEAD // 2 < victims.shape[0]:
             prefetch(cells, index.home(cells, entries[victims[v + _AHEAD // 2]].key))
-        e = victims[v]
-        if entries[e].evicted != batch:
+        e = np.int64(victims[v])
+        if entries[e].place != _EVICTED - batch:
             continue
-        entries[e].evicted = ABSENT
-        if entries[e].slot == ABSENT and entries[e].use < window:
+        entries[e].place = ABSENT
+        if entries[e].use < window:
             index.remove(cells, entries[e].key)
             entries[e].next = counters[_FREE_ENTRY]
             counters[_FREE_ENTRY] = e
 
 
 @numba.njit(cache=True, nogil=True)
-def _admit(keys, slots, cells, entries, counters):
+def _admit(keys, slots, heats, order, floor, cells, lists, chunks, items, heap, entries, counters):
     """Makes rows resident, least recently used first."""
+    rows = np.empty(keys.shape[0], np.int32)
     for i in range(keys.shape[0]):
-        e = _new_entry(entries, cells, counters, keys[i])
-        entries[e].slot = slots[i]
-        _append(entries, _RECENT, e)
+        e = _new_entry(entries, counters, keys[i])
+        index.insert(cells, keys[i], e)
+        entries[e].place = slots[i]
+        entries[e].heat = heats[i]
+        entries[e].use = ABSENT - keys.shape[0] + i
+        rows[i] = e
+    _file(rows, order, floor, lists, chunks, items, heap, entries, counters)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -280,13 +553,19 @@ def _move_uses(old, new, first, last):
         new[use & (new.shape[0] - 1)] = old[use & (old.shape[0] - 1)]
 
 
-class LookAheadPlanner:
-    """Plans batches so that every row they need is resident, with as few rows moved as the window allows.
+def _aligned_entries(number: int) -> np.ndarray:
+    """Entries that do not straddle cache lines."""
+    memory = np.zeros(number * _ENTRY.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + number * _ENTRY.itemsize].view(_ENTRY)
 
-    A victim is the least recently used row that no observed batch wants. If there is none, the window shrinks: the row
-    whose next use is farthest goes first, which is Belady's rule (IBM Systems Journal 1966). Rows of the batch itself
-    are never evicted. Looking forward so that every step hits is ScratchPipe's idea (Kwon & Rhu, ISCA
-    2022, section IV).
+
+class LookAheadPlanner:
+    """Plans batches so that every row they need is resident, with as few rows moved as policy and window allow.
+
+    A row that an observed batch wants is evicted only if there is no other, and then the one whose next use is
+    farthest (Belady's rule, IBM Systems Journal 1966); the policy ranks the others. Rows of the batch itself are
+    never evicted. Looking forward so that every step hits is ScratchPipe's idea (Kwon & Rhu, ISCA 2022, section IV).
 
     Memory is O(slots + rows in the window + victims remembered): a map from keys to entries, and the entries, both
     grown by doubling.
@@ -294,15 +573,23 @@ class LookAheadPlanner:
     Args:
         group: the tables.
         slots: capacity in rows.
-        window: most batches that are observed and not yet planned.
+        policy: see `jaxcache.policies`.
+        window: batches that a plan looks at, its own included, if the policy leaves that open. "auto" looks until the
+            choice of victims is exact, because all others are wanted, or until the batches ahead hold four times as
+            many distinct rows as there are slots; "all" until the batches end.
+        max_window: most batches that "auto" looks at.
         memory: for how many batches evicted rows are remembered, so that `wait_for` is exact within it.
-        resident: keys `int64[N]`, least recently used first, and slots `int64[N]` of a cache that is warm; the slots
-            must be the first N.
+        resident: keys `int64[N]`, least recently used first, slots `int64[N]` and lookups `int64[N]` of a cache
+            that is warm; the slots must be the first N.
+        threads: threads that deduplicate and probe.
+
+    Attributes:
+        limited: whether the window was cut short by `max_window` when `wants_batch` was called last.
 
     >>> from jaxcache.tables import Table
     >>> planner = LookAheadPlanner(Group.stack({"user": Table(100, 4)}), slots=2, window=1)
     >>> for ids in ([7, 8, 7], [9, 7]):
-    ...     observed = planner.observe([np.array(ids)], [0])
+    ...     observed = planner.observe(np.array(ids), np.array([0, len(ids)]), np.array([0]))
     ...     planned = planner.plan()
     ...     print(observed.inverse, planned.unique_slots, planned.fetched, planned.victims)
     [0 1 0] [0 1] [7 8] []
@@ -313,121 +600,262 @@ class LookAheadPlanner:
         self,
         group: Group,
         slots: int,
-        window: int,
+        policy: Policy | None = None,
+        window: Window = "auto",
+        max_window: int = 1024,
         memory: int = 0,
-        resident: tuple[np.ndarray, np.ndarray] | None = None,
+        resident: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        threads: int = 1,
     ):
-        self._group, self._slots, self._memory = group, slots, memory
-        self._buckets = window + 1
-        lists = 1 + self._buckets
-        self._entries = np.zeros(lists + 1024, _ENTRY)
-        self._entries["next"][:lists] = self._entries["previous"][:lists] = np.arange(lists)
+        policy = policy or lookahead()
+        self._slots, self._memory, self._max_window = slots, memory, max_window
+        self._order, self._passes = _ORDERS[policy.order], policy.passes
+        self._window: Window = window if policy.window is None else policy.window
+        self._bases = group.bases
+        self._small = np.array([table.rows <= SMALL_ROWS for table in group.tables])
+        self._counts = policy.group_counts(group) if policy.order == "rank" else np.zeros(0, np.int32)
+        self._entries = _aligned_entries(1024)
         self._cells = index.empty(1024)
-        self._uses = np.zeros((1024, 2), np.int64)
-        self._counters = np.zeros(4, np.int64)
-        self._counters[_FREE_ENTRY], self._counters[_ENTRIES] = ABSENT, lists
-        self._window: deque[tuple[Observed, int]] = deque()
+        self._uses = np.zeros((1024, 3), np.int32)  # of each use: entry, batch of the next use; and see _want
+        self._batches = np.zeros((16, 3), np.int64)  # of each batch: its first use, rows filed under it, those taken
+        self._heap = np.zeros(slots if self._order >= _COUNT else 0, np.int32)
+        self._lists = np.full((_LISTS, 2), ABSENT, np.int32)
+        self._chunks = np.zeros((0, 3), np.int32)
+        self._items = np.zeros((0, 2), np.int32)
+        self._counters = np.zeros(11, np.int64)
+        self._counters[_FREE_ENTRY] = self._counters[_FREE_CHUNK] = ABSENT
+        self._ahead: deque[np.ndarray] = deque()  # occurrences of the unique rows of each batch
+        self._oldest: tuple[np.ndarray, int] | None = None  # missed rows of the oldest batch, and how many are absent
         self._victims: deque[np.ndarray] = deque()
-        self._observed = self._planned = 0
+        self._observed = self._planned = self._evictions = self._rescaled = 0
+        self._floor = _level(1.0)
+        self._scratches = [scratch() for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads, "jaxcache-planner") if threads > 1 else None
+        self.limited = False
         if resident is not None:
-            keys, places = resident
-            self._reserve(len(keys))
-            _admit(keys, places, self._cells, self._entries, self._counters)
-            self._counters[_OCCUPIED] = len(keys)
+            self._admit(*resident, warm=policy.warm_keys(group, slots))
 
-    def needs_window(self) -> bool:
-        """Whether planning the oldest observed batch may need victims."""
-        unique = len(self._window[0][0].occurrences)
-        return self._counters[_OCCUPIED] + unique > self._slots
+    def _admit(self, keys: np.ndarray, slots: np.ndarray, lookups: np.ndarray, warm: np.ndarray) -> None:
+        if self._order == _AGED:
+            heats = lookups.astype(np.float32).view(np.int32)
+        elif self._order == _RANK:
+            heats = self._counts[keys]
+        else:
+            heats = np.minimum(lookups, 2**31 - 1).astype(np.int32)
+        if self._passes:
+            heats = np.where(np.isin(keys, warm), heats, np.int32(_PASSING))
+        self._reserve(len(keys), 0)
+        self._reserve_items(len(keys))
+        _admit(
+            keys, slots, heats, self._order, self._floor, self._cells, self._lists, self._chunks, self._items,
+            self._heap, self._entries, self._counters,
+        )  # fmt: skip
+        self._counters[_OCCUPIED] = len(keys)
 
-    def _reserve(self, rows: int) -> None:
-        """Makes room for `rows` more entries, and uses."""
-        lists = 1 + self._buckets
-        needed = int(self._counters[_ENTRIES]) + rows
+    @property
+    def ahead(self) -> int:
+        """Batches that are observed and not planned."""
+        return len(self._ahead)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that grows."""
+        arrays = (
+            self._entries, self._cells, self._uses, self._batches, self._chunks, self._items, self._heap,
+            *self._ahead, *self._victims,
+        )  # fmt: skip
+        return sum(array.nbytes for array in arrays)
+
+    def wants_batch(self) -> bool:
+        """See `Planner.wants_batch`."""
+        self.limited = False
+        if not self._ahead or self._window == "all":
+            return True
+        if len(self._ahead[0]) > self._slots:
+            return False  # so that plan() says so
+        occupied, wanted, unwanted = (int(self._counters[field]) for field in (_OCCUPIED, _WANTED, _UNWANTED))
+        victims = occupied + self._misses()[1] - self._slots
+        distinct = _DISTINCT * self._slots
+        if victims <= 0:
+            # The window opens while the second half of the slots fills, or else the first plan that needs victims
+            # would have to wait for all of it.
+            distinct = _DISTINCT * (2 * occupied - self._slots)
+        if self._window != "auto":
+            return len(self._ahead) < self._window and (victims > 0 or wanted < distinct)
+        if wanted >= distinct or unwanted <= victims:
+            return False
+        self.limited = len(self._ahead) >= self._max_window
+        return not self.limited
+
+    def _misses(self) -> tuple[np.ndarray, int]:
+        """Missed rows of the oldest batch, those that are not resident first, and how many these are."""
+        if self._oldest is None:
+            unique = len(self._ahead[0])
+            missed = np.empty(unique, np.int32)
+            absent, passing = _misses(self._first_use(), unique, self._passes, self._entries, self._uses, missed)
+            self._oldest = missed[: absent + passing], absent
+        return self._oldest
+
+    def _first_use(self) -> int:
+        """Place of the first use that is not planned yet."""
+        if not self._ahead:
+            return int(self._counters[_USES])
+        return int(self._batches[self._planned & (len(self._batches) - 1), 0])
+
+    def _reserve(self, entries: int, uses: int) -> None:
+        """Makes room for so many more entries and uses, and for another batch."""
+        needed = int(self._counters[_ENTRIES]) + entries
         if needed > len(self._entries):
-            larger = np.zeros(max(needed, 2 * len(self._entries)), _ENTRY)
+            larger = _aligned_entries(max(needed, 2 * len(self._entries)))
             larger[: len(self._entries)] = self._entries
             self._entries = larger
-        self._cells = index.reserve(self._cells, needed - lists)
-        first = self._window[0][1] if self._window else int(self._counters[_USES])
-        last = int(self._counters[_USES])
-        if last + rows - first > len(self._uses):
+        self._cells = index.reserve(self._cells, needed)
+        first, last = self._first_use(), int(self._counters[_USES])
+        if last + uses - first > len(self._uses):
             size = len(self._uses)
-            while size < last + rows - first:
+            while size < last + uses - first:
                 size *= 2
-            uses = np.zeros((size, 2), np.int64)
-            _move_uses(self._uses, uses, first, last)
-            self._uses = uses
+            larger = np.zeros((size, 3), np.int32)
+            _move_uses(self._uses, larger, first, last)
+            self._uses = larger
+        if len(self._ahead) == len(self._batches):
+            larger = np.zeros((2 * len(self._batches), 3), np.int64)
+            _move_uses(self._batches, larger, self._planned, self._observed)
+            self._batches = larger
 
-    def observe(self, ids: list[np.ndarray], tables: list[int]) -> Observed:
+    def _reserve_items(self, number: int) -> None:
+        """Makes room to file so many more rows; sweeps if items of rows that have gone on are as many as the others."""
+        filed = int(self._counters[_UNWANTED])
+        lists, chunks, items = self._lists, self._chunks, self._items
+        needed = _LISTS + -(-number // _CHUNK_ITEMS)
+        if self._counters[_ITEMS] > 2 * filed + number + _LISTS * _CHUNK_ITEMS:
+            capacity = needed + _LISTS + -(-2 * filed // _CHUNK_ITEMS)
+            self._lists = np.full((_LISTS, 2), ABSENT, np.int32)
+        elif self._counters[_CHUNKS] + needed > len(chunks):
+            capacity = 2 * len(chunks) + needed
+        else:
+            return
+        self._chunks = np.zeros((capacity, 3), np.int32)
+        self._items = np.zeros((capacity * _CHUNK_ITEMS, 2), np.int32)
+        if self._lists is lists:
+            self._chunks[: len(chunks)], self._items[: len(items)] = chunks, items
+        else:
+            _sweep(lists, chunks, items, self._lists, self._chunks, self._items, self._entries, self._counters)
+
+    def observe(self, ids: np.ndarray, starts: np.ndarray, tables: np.ndarray) -> Observed:
         """See `Planner.observe`."""
-        if len(self._window) >= self._buckets - 1:
-            raise RuntimeError(f"the window is full: {len(self._window)} batches are observed and not planned")
-        lookups = sum(map(len, ids))
-        self._reserve(lookups)
-        inverse, occurrences = np.empty(lookups, np.int32), np.empty(lookups, np.int32)
-        start = unique = 0
-        window = self._window[0][1] if self._window else int(self._counters[_USES])
-        for feature, table in zip(ids, tables, strict=True):
-            unique = _observe(
-                feature, self._group.bases[table], self._observed, window, self._buckets, self._cells, self._entries,
-                self._uses, self._counters, inverse[start : start + len(feature)], occurrences, unique,
+        lookups = len(ids)
+        parts = chunks(starts, tables)
+        inverse, found, occurrences = (np.empty(lookups, np.int32) for _ in range(3))
+        keys, uniques = np.empty(lookups, np.int64), np.empty(len(parts), np.int64)
+
+        def deduplicate_part(part: slice, thread: int) -> None:
+            deduplicate(
+                ids, parts[part], self._bases, self._small, self._cells, self._scratches[thread], inverse, keys,
+                occurrences, uniques[part], found,
             )  # fmt: skip
-            start += len(feature)
-        observed = Observed(inverse, occurrences[:unique].copy())
-        self._window.append((observed, int(self._counters[_USES])))
+
+        def renumber_part(part: slice, thread: int) -> None:
+            renumber(parts[part], found, inverse)
+
+        self._share(parts, deduplicate_part)
+        unique = int(uniques.sum())
+        self._reserve(unique, unique)
+        batch_occurrences = np.empty(unique, np.int32)
+        unique = _observe(
+            self._observed, parts, keys, occurrences, uniques, found, self._order, self._counts, self._first_use(),
+            self._batches, self._cells, self._entries, self._uses, self._heap, self._counters, batch_occurrences,
+        )  # fmt: skip
+        self._share(parts, renumber_part)
+        observed = Observed(inverse, batch_occurrences[:unique])
+        self._ahead.append(observed.occurrences)
         self._counters[_USES] += unique
         self._observed += 1
         return observed
 
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _share(self, parts: np.ndarray, work) -> None:
+        """Calls `work(part, thread)` on parts of about equal size, in as many threads as are worth it."""
+        lookups = int(parts[-1, 1]) if len(parts) else 0
+        threads = min(len(self._scratches), len(parts), lookups // CHUNK_LOOKUPS)
+        if threads <= 1 or self._pool is None:
+            work(slice(0, len(parts)), 0)
+            return
+        cuts = np.searchsorted(parts[:, 1], np.arange(1, threads) * lookups // threads)
+        ranges = list(map(slice, [0, *cuts], [*cuts, len(parts)]))
+        futures = [self._pool.submit(work, part, thread) for thread, part in enumerate(ranges[1:], 1)]
+        work(ranges[0], 0)
+        for future in futures:
+            future.result()
+
     def plan(self) -> PlannedBatch:
         """See `Planner.plan`."""
-        observed, first_use = self._window[0]
-        unique = len(observed.occurrences)
-        if len(self._victims) > self._memory:
-            batch, victims = self._planned - len(self._victims), self._victims.popleft()
-            _forget(batch, victims, first_use, self._cells, self._entries, self._counters)
-        unique_slots = np.empty(unique, np.int32)
-        missed, slots, victim_entries = (np.empty(unique, np.int32) for _ in range(3))
-        fetched, victims = np.empty(unique, np.int64), np.empty(unique, np.int64)
-        misses, evicted, wait_for = _plan(
-            self._planned, self._observed, self._buckets, first_use, unique, self._slots, self._entries,
-            self._uses, self._counters,
-            unique_slots, missed, fetched, slots, victims, victim_entries,
-        )  # fmt: skip
-        if misses == ABSENT:
+        unique = len(self._ahead[0])
+        if unique > self._slots:
             raise TooFewSlots(
                 f"batch {self._planned} needs {unique:,} slots for its unique rows and the cache has {self._slots:,}: "
                 f"use LookAhead(slots={unique}) or more, or smaller batches"
             )
-        self._window.popleft()
+        first_use = self._first_use()
+        if len(self._victims) > self._memory:
+            batch, forgotten = self._planned - len(self._victims), self._victims.popleft()
+            _forget(batch, forgotten, first_use, self._cells, self._entries, self._counters)
+        missed, absent = self._misses()
+        self._reserve_items(unique)
+        weight = self._age() if self._order == _AGED else 0.0
+        unique_slots = np.empty(unique, np.int32)
+        slots, victim_entries = (np.empty(len(missed), np.int32) for _ in range(2))
+        fetched, victims = np.empty(len(missed), np.int64), np.empty(len(missed), np.int64)
+        evicted, wait_for = _plan(
+            self._planned, self._observed, first_use, self._ahead[0], absent, self._slots, self._order, self._passes,
+            np.float32(weight), self._floor, self._batches, self._entries, self._uses, self._lists, self._chunks,
+            self._items, self._heap, self._counters, missed, unique_slots, fetched, slots, victims, victim_entries,
+        )  # fmt: skip
+        self._ahead.popleft()
+        self._oldest = None
         self._victims.append(victim_entries[:evicted].copy())
+        self._evictions += evicted
         self._planned += 1
-        return PlannedBatch(
-            inverse=observed.inverse,
-            occurrences=observed.occurrences,
-            unique_slots=unique_slots,
-            missed=missed[:misses],
-            fetched=fetched[:misses],
-            slots=slots[:misses],
-            victims=victims[:evicted],
-            wait_for=int(wait_for),
-        )
+        return PlannedBatch(unique_slots, missed, fetched, slots, victims[:evicted], int(wait_for))
+
+    def _age(self) -> float:
+        """What a use counts now, doubling every _TURNOVERS turnovers of the cache: older ones then count less."""
+        doublings = self._evictions / (_TURNOVERS * self._slots) - self._rescaled
+        while doublings >= _RESCALED_DOUBLINGS:
+            _rescale(self._entries, self._counters[_ENTRIES])
+            doublings -= _RESCALED_DOUBLINGS
+            self._rescaled += _RESCALED_DOUBLINGS
+            self._floor -= _level(2.0**_RESCALED_DOUBLINGS) - _level(1.0)
+        weight = 2.0**doublings
+        if _level(weight) > self._floor:
+            _sink(self._lists, self._chunks, self._floor, _level(weight))
+            self._floor = _level(weight)
+        return weight
+
+
+def _level(heat: float) -> int:
+    return int(np.float32(heat).view(np.int32)) >> _LEVEL_BITS
 
 
 @numba.njit(cache=True, nogil=True)
-def _observe_resident(ids, base, batch, batch_of, position_of, inverse, occurrences, rows, unique):
-    for i in range(ids.shape[0]):
-        row = ids[i] + base
-        if batch_of[row] != batch:
-            batch_of[row] = batch
-            position_of[row] = unique
-            rows[unique] = row
-            occurrences[unique] = 0
-            unique += 1
-        position = position_of[row]
-        inverse[i] = position
-        occurrences[position] += 1
+def _observe_resident(ids, starts, bases, batch, batch_of, position_of, inverse, occurrences, rows):
+    unique = 0
+    for feature in range(bases.shape[0]):
+        for i in range(starts[feature], starts[feature + 1]):
+            row = ids[i] + np.int64(bases[feature])
+            if batch_of[row] != batch:
+                batch_of[row] = batch
+                position_of[row] = unique
+                rows[unique] = row
+                occurrences[unique] = 0
+                unique += 1
+            position = position_of[row]
+            inverse[i] = position
+            occurrences[position] += 1
     return unique
 
 
@@ -437,35 +865,39 @@ class ResidentPlanner:
     Memory is 8 bytes a slot. The calls are those of `Planner`.
     """
 
+    limited = False
+
     def __init__(self, group: Group):
         self._group = group
         self._batch_of = np.full(group.rows, ABSENT, np.int32)
         self._position_of = np.zeros(group.rows, np.int32)
-        self._window: deque[tuple[Observed, np.ndarray]] = deque()
+        self._ahead: deque[np.ndarray] = deque()
         self._observed = 0
 
-    def needs_window(self) -> bool:
-        """Never: there are no victims."""
-        return False
+    @property
+    def ahead(self) -> int:
+        """Batches that are observed and not planned."""
+        return len(self._ahead)
 
-    def observe(self, ids: list[np.ndarray], tables: list[int]) -> Observed:
+    def wants_batch(self) -> bool:
+        """Only if none is ahead: there are no victims."""
+        return not self._ahead
+
+    def observe(self, ids: np.ndarray, starts: np.ndarray, tables: np.ndarray) -> Observed:
         """See `Planner.observe`."""
-        lookups = sum(map(len, ids))
-        inverse, occurrences, rows = (np.empty(lookups, np.int32) for _ in range(3))
-        start = unique = 0
-        for feature, table in zip(ids, tables, strict=True):
-            unique = _observe_resident(
-                feature, np.int64(self._group.bases[table]), self._observed, self._batch_of, self._position_of,
-                inverse[start : start + len(feature)], occurrences, rows, unique,
-            )  # fmt: skip
-            start += len(feature)
-        observed = Observed(inverse, occurrences[:unique].copy())
-        self._window.append((observed, rows[:unique].copy()))
+        inverse, occurrences, rows = (np.empty(len(ids), np.int32) for _ in range(3))
+        unique = _observe_resident(
+            ids, starts, self._group.bases[tables], self._observed, self._batch_of, self._position_of, inverse,
+            occurrences, rows,
+        )  # fmt: skip
+        self._ahead.append(rows[:unique].copy())
         self._observed += 1
-        return observed
+        return Observed(inverse, occurrences[:unique].copy())
 
     def plan(self) -> PlannedBatch:
         """See `Planner.plan`."""
-        observed, rows = self._window.popleft()
         none, no_keys = np.empty(0, np.int32), np.empty(0, np.int64)
-        return PlannedBatch(observed.inverse, observed.occurrences, rows, none, no_keys, none, no_keys, ABSENT)
+        return PlannedBatch(self._ahead.popleft(), none, no_keys, none, no_keys, ABSENT)
+
+    def close(self) -> None:
+        """See `Planner.close`."""

@@ -51,14 +51,18 @@ class Report:
         lookups: ids in them, repetitions counted.
         unique_rows: unique rows of each batch, added up.
         lookup_hits: lookups of rows that were resident when their batch was planned.
-        rows_fetched: rows brought to the device.
+        rows_fetched: rows brought to the device for a batch.
+        rows_warmed: rows brought to the device at the start, before any batch, because the policy says so.
         rows_written_back: victims carried home; what `flush` writes is not counted.
         rows_flushed: rows that `flush` wrote home.
         row_bytes: bytes of a row with its optimizer state.
         slots: capacity of the cache, in rows.
         device_bytes: bytes of the cache on the device.
         table_bytes: bytes that all rows of the tables take.
-        window: batches planned ahead.
+        policy: name of the policy.
+        window: batches that a plan looks at, as asked for.
+        longest_window: most batches that a plan looked at.
+        window_limited: steps whose plan would have looked further, had `max_window` or `max_window_bytes` let it.
         unique_bound: bound on the unique rows of a batch that the step was compiled for.
         bound_growths: how often that bound, or the shape of a batch, had to grow, each time compiling the step anew.
         stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
@@ -70,13 +74,17 @@ class Report:
     unique_rows: int = 0
     lookup_hits: int = 0
     rows_fetched: int = 0
+    rows_warmed: int = 0
     rows_written_back: int = 0
     rows_flushed: int = 0
     row_bytes: int = 0
     slots: int = 0
     device_bytes: int = 0
     table_bytes: int = 0
-    window: int = 0
+    policy: str = ""
+    window: int | str = 0
+    longest_window: int = 0
+    window_limited: int = 0
     unique_bound: int = 0
     bound_growths: int = 0
     stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
@@ -109,12 +117,16 @@ class Report:
     def __str__(self) -> str:
         steps = max(self.steps, 1)
         lines = [
-            f"{self.steps:,} steps, window {self.window}, {self.slots:,} slots: "
+            f"{self.steps:,} steps, policy {self.policy}, window {self.window} (longest {self.longest_window}"
+            + (f", cut short in {self.window_limited:,} steps" if self.window_limited else "")
+            + ")",
+            f"{self.slots:,} slots: "
             f"{self.device_bytes / 1e6:,.1f} MB on the device, tables {self.table_bytes / 1e6:,.1f} MB "
             f"({self.table_bytes / max(self.device_bytes, 1):.1f} x)",
             f"hit rate {self.hit_rate:.2%} of unique rows, {self.lookup_hit_rate:.2%} of lookups",
             f"fetched {self.rows_fetched:,} rows, {self.bytes_fetched / 1e6:,.1f} MB "
-            f"({self.rows_fetched / steps:,.0f} rows a step)",
+            f"({self.rows_fetched / steps:,.0f} rows a step)"
+            + (f"; {self.rows_warmed:,} rows at the start" if self.rows_warmed else ""),
             f"written back {self.rows_written_back:,} rows, {self.bytes_written_back / 1e6:,.1f} MB "
             f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows",
             f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times",

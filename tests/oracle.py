@@ -1,6 +1,8 @@
 """What the library must agree with, written with dicts, loops and plain optax. Imports nothing of the library."""
 
-from collections import deque
+import math
+from collections import Counter, OrderedDict, deque
+from heapq import heappop, heappush
 from itertools import combinations
 
 import jax
@@ -12,73 +14,168 @@ NEVER = float("inf")
 
 
 class PlannerOracle:
-    """Look-ahead planning of batches, each a list of hashable rows, by a dict of slots and scans of the window.
+    """Look-ahead planning of batches, each a list of hashable rows, with dicts, sets and scans of the window.
 
     Args:
         slots: capacity.
-        memory: for how many batches `wait_for` remembers evictions.
-        resident: pairs of row and slot at the start, least recently used first; the slots are the first ones.
+        order: how rows that no observed batch wants are ranked: "recency", "count", "rank" or "aged".
+        counts: for "rank", lookups of each row in the data set.
+        pinned: if given, all other rows pass through: they are fetched anew each time they are used.
+        memory: for how many batches evictions are remembered.
+        resident: triples of row, slot and lookups at the start, least recently used first; the slots are the first.
     """
 
-    def __init__(self, slots, memory=0, resident=()):
-        self.slots, self.memory = slots, memory
-        self.window = deque()
-        self.slot_of = {}
-        self.listed = {}  # when a resident row took its next use: when it was planned, or when that use was observed
+    def __init__(self, slots, order="recency", counts=None, pinned=None, memory=0, resident=()):
+        self.slots, self.order, self.counts, self.memory = slots, order, counts or {}, memory
+        self.passes = pinned is not None
+        self.window = deque()  # what is observed and not planned: of each batch the lookups of each row
+        self.slot_of, self.last_use = {}, {}
+        self.heat = {}  # for "count" and "aged"
         self.evicted = {}  # row -> the latest batch that evicted it
-        self.planned = self.clock = 0
-        for row, slot in resident:
-            self.slot_of[row] = slot
-            self.list(row)
-
-    def list(self, row):
-        self.clock += 1
-        self.listed[row] = self.clock
-
-    def next_use(self, row):
-        return next((place for place, (_, rows) in enumerate(self.window) if row in rows), NEVER)
+        self.planned = self.evictions = 0
+        for place, (row, slot, lookups) in enumerate(resident):
+            self.slot_of[row], self.last_use[row], self.heat[row] = slot, (ABSENT, place), lookups
+        self.pinned = set(self.slot_of) & set(pinned or ())
 
     def observe(self, batch):
-        rows = dict.fromkeys(batch)  # in order of first occurrence
-        for row in rows:
-            if row in self.slot_of and self.next_use(row) == NEVER:
-                self.list(row)
-        self.window.append((batch, rows))
+        self.window.append(Counter(batch))  # whose keys are in order of first occurrence
 
-    def plan(self):
-        """The decision on the oldest batch, as a dict of the planner's fields."""
-        batch, wanted = self.window.popleft()
-        rows = list(wanted)
+    def next_use(self, row):
+        return next((place for place, batch in enumerate(self.window) if row in batch), NEVER)
+
+    def looks_far_enough(self):
+        """The rule of window="auto": looking farther would change nothing, or little; or it is too early for that."""
+        missing = len(set(self.window[0]) - set(self.slot_of))
+        victims = missing - (self.slots - len(self.slot_of))
+        unwanted = sum(self.next_use(row) == NEVER for row in self.slot_of)
+        filled = self.slots if victims > 0 else 2 * len(self.slot_of) - self.slots
+        return unwanted <= victims or len(set().union(*self.window)) >= 4 * filled
+
+    def rank(self, row):
+        if self.passes and row not in self.pinned:
+            return ABSENT
+        if self.order == "rank":
+            return self.counts[row]
+        if self.order == "count":
+            return self.heat[row]
+        return half_doublings(self.heat[row]) if self.order == "aged" else 0
+
+    def retention(self, row):
+        """What grows with the reasons to keep a row: a near next use; or, if none is seen, its rank and last use."""
+        use = self.next_use(row)
+        return (-use, self.rank(row), self.last_use[row]) if use == NEVER else (-use,)
+
+    def plan(self, taken=None):
+        """The decision on the oldest batch, as a dict of the planner's fields.
+
+        Rows whose next uses are in one batch make equally good victims: `taken`, if given, are the victims to go on
+        with, which must be as good as any.
+        """
+        for row, batch in list(self.evicted.items()):
+            if batch < self.planned - self.memory:
+                del self.evicted[row]
+                if row not in self.slot_of and self.next_use(row) == NEVER:
+                    self.heat.pop(row, None)
+        lookups = self.window.popleft()
+        rows = list(lookups)
         assert len(rows) <= self.slots
-        missed = [place for place, row in enumerate(rows) if row not in self.slot_of]
-        slots, victims, wait_for = [], [], ABSENT
-        for place in missed:
-            if len(self.slot_of) < self.slots:
-                slot = len(self.slot_of)
-            else:
-                # Farthest next use first, never before all others; among equals, the one that was listed first.
-                others = [row for row in self.slot_of if row not in wanted]
-                victim = min(others, key=lambda row: (-self.next_use(row), self.listed[row]))
-                slot = self.slot_of.pop(victim)
-                self.evicted[victim] = self.planned
-                victims.append(victim)
-            self.slot_of[rows[place]] = slot
-            slots.append(slot)
-            if rows[place] in self.evicted and self.evicted[rows[place]] >= self.planned - self.memory:
-                wait_for = max(wait_for, self.evicted[rows[place]])
-        for row in rows:
-            self.list(row)
+        missed = [row for row in rows if row not in self.slot_of]
+        passing = [row for row in rows if self.passes and row in self.slot_of and row not in self.pinned]
+        slots = list(range(len(self.slot_of), self.slots))[: len(missed)]  # those that are free come first
+
+        others = sorted(set(self.slot_of) - set(rows), key=self.retention)
+        victims = others[: len(missed) - len(slots)]
+        if taken is not None:
+            assert sorted(map(self.retention, taken[: len(victims)])) == list(map(self.retention, victims))
+            assert len(set(taken)) == len(taken) and set(taken[: len(victims)]) <= set(others)
+            victims = taken[: len(victims)]
+        slots += [self.slot_of.pop(row) for row in victims] + [self.slot_of[row] for row in passing]
+        wait_for = max([self.evicted.get(row, ABSENT) for row in missed] + [self.planned for _ in passing] + [ABSENT])
+        for row in victims:
+            self.evicted[row] = self.planned
+            self.pinned.discard(row)
+            if self.order == "count":
+                del self.heat[row]
+        self.slot_of.update(zip(missed + passing, slots, strict=True))
+
+        weight = float32(2.0 ** (self.evictions / (6 * self.slots)))  # an "aged" use counts half after six turnovers
+        for place, row in enumerate(rows):
+            self.last_use[row] = (self.planned, place)
+            self.heat[row] = float32(self.heat.get(row, 0) + (lookups[row] if self.order == "count" else weight))
+        self.evictions += len(victims)
         self.planned += 1
         return {
-            "inverse": [rows.index(row) for row in batch],
-            "occurrences": [batch.count(row) for row in rows],
             "unique_slots": [self.slot_of[row] for row in rows],
-            "missed": missed,
-            "fetched": [rows[place] for place in missed],
+            "missed": [rows.index(row) for row in missed + passing],
+            "fetched": missed + passing,
             "slots": slots,
-            "victims": victims,
+            "victims": victims + passing,
             "wait_for": wait_for,
         }
+
+
+def float32(x):
+    """`x` rounded to the 24 bits of a float32, whatever its exponent: planners rescale before theirs is too large."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
+
+
+def half_doublings(heat):
+    """The level of `heat`, of which there are two a doubling: 1 and 1.49 share one, 1.5 and 1.99, 2 and 2.99, ..."""
+    mantissa, exponent = math.frexp(heat)  # heat = mantissa * 2**exponent, 0.5 <= mantissa < 1
+    return 2 * exponent + (mantissa >= 0.75) if heat else -NEVER
+
+
+# How many rows well-known policies fetch, each in a few lines of its own. A batch's rows are all needed at once.
+
+
+def lru_fetches(batches, slots):
+    """The least recently used row goes first."""
+    resident, fetched = OrderedDict(), 0
+    for batch in batches:
+        for row in dict.fromkeys(batch):
+            fetched += row not in resident
+            resident[row] = None
+            resident.move_to_end(row)
+        while len(resident) > slots:
+            resident.popitem(last=False)
+    return fetched
+
+
+def lfu_fetches(batches, slots):
+    """The row with the fewest lookups since it came in goes first, the least recently used one of several."""
+    uses, queue, clock, fetched = {}, [], 0, 0  # `uses`: lookups and last use of the rows that are resident
+    for batch in batches:
+        needed = {row: (lookups, *uses.pop(row, (0, 0))) for row, lookups in Counter(batch).items()}
+        while len(uses) + len(needed) > slots:
+            *use, row = heappop(queue)
+            if uses.get(row) == tuple(use):  # or else this use was not its last
+                del uses[row]
+        for row, (lookups, before, _) in needed.items():
+            clock += 1
+            fetched += before == 0
+            uses[row] = (before + lookups, clock)
+            heappush(queue, (*uses[row], row))
+    return fetched
+
+
+def min_fetches(batches, slots):
+    """Belady's MIN, which knows the whole future: the row whose next use is farthest goes first."""
+    batches, following, next_uses = list(map(set, batches)), {}, []
+    for number, batch in reversed(list(enumerate(batches))):
+        next_uses.append({row: following.get(row, NEVER) for row in batch})
+        following.update(dict.fromkeys(batch, number))
+    resident, queue, fetched = {}, [], 0  # `resident`: row -> its next use
+    for batch, next_use in zip(batches, reversed(next_uses), strict=True):
+        fetched += sum(resident.pop(row, None) is None for row in batch)
+        while len(resident) + len(batch) > slots:
+            use, row = heappop(queue)
+            if resident.get(row) == -use:
+                del resident[row]
+        for row, use in next_use.items():
+            resident[row] = use
+            heappush(queue, (-use, row))
+    return fetched
 
 
 def fewest_fetches(batches, slots):

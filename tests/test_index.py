@@ -123,10 +123,11 @@ def test_functions_compiled_with_another_version_of_the_index_are_not_used(tmp_p
     shutil.copytree(root / "kernels", tmp_path / "jaxcache" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
         "import numpy as np; from jaxcache.planner import LookAheadPlanner; from jaxcache.tables import Group, Table\n"
-        "planner = LookAheadPlanner(Group.stack({'a': Table(10**6, 4)}), 5000, 1)\n"
+        "planner = LookAheadPlanner(Group.stack({'a': Table(10**6, 4)}), 5000, window=1)\n"
         "random, fetched = np.random.default_rng(0), 0\n"
+        "starts, tables = np.array([0, 1000]), np.array([0])\n"
         "for _ in range(20):\n"
-        "    planner.observe([random.integers(0, 4000, 1000)], [0]); fetched += len(planner.plan().fetched)\n"
+        "    planner.observe(random.integers(0, 4000, 1000), starts, tables); fetched += len(planner.plan().fetched)\n"
         "print(fetched)"
     )
 
