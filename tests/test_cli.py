@@ -1,0 +1,186 @@
+"""The command `jaxcache`: its output, its files, its errors; and that the page on capacity runs as written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxcache.cli import main, quantity
+from jaxcache.simulate import OPTIMUM, POLICIES, UNBOUNDED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """A file of 100 batches of 8 samples with two fields of 100 declared rows."""
+    ids = (100 * np.random.default_rng(0).random((800, 2)) ** 3).astype(np.int32)
+    np.savez(tmp_path / "trace.npz", ids=ids, cardinality=np.array([100, 100]))
+    return str(tmp_path / "trace.npz")
+
+
+def test_simulate(trace, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg")]
+    windows = ["--windows", "2,4", "8"]
+    assert main(["simulate", trace, "--batch-size", "8", "--capacity", "5%", "10%,40", *windows, *files]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("trace.npz: 800 samples, 100 batches of 8; 1,600 lookups of ")
+    assert "100% = 200 declared rows" in output.out and output.err == ""
+    assert "5%           10  a batch has 1" in output.out
+
+    records = json.loads((tmp_path / "out.json").read_text())
+    kinds = {
+        "policy": str,
+        "capacity": (int, str),
+        "slots": int,
+        "window": (int, str),
+        "rows_fetched": int,
+        "rows_written_back": int,
+        "hit_rate_rows": float,
+        "hit_rate_lookups": float,
+    }
+    assert isinstance(records, list)
+    for record in records:
+        if record["error"] is None:
+            assert all(isinstance(record[name], kind) for name, kind in kinds.items()), record
+        else:
+            assert record["slots"] == 10 and record["rows_fetched"] is None
+    found = [(record["policy"], record["window"]) for record in records if record["capacity"] == "10%"]
+    assert found[:5] == [(OPTIMUM, "all"), *(("lookahead", window) for window in ("auto", 2, 4, 8))]
+    assert {policy for policy, _ in found} == {OPTIMUM, UNBOUNDED, *POLICIES}
+    assert {record["capacity"]: record["slots"] for record in records if record["policy"] == "lru"} == {
+        "5%": 10,
+        "10%": 20,
+        40: 40,
+    }
+    for policy in (OPTIMUM, "lookahead 8", *sorted(set(POLICIES) - {"lookahead"}), UNBOUNDED):
+        assert f">{policy}<" in (tmp_path / "out.svg").read_text()
+
+
+def test_simulate_part_of_a_trace(trace, capsys):
+    options = ["--columns", "1", "--samples", "80", "--policy", "lru,lfu", "--row-bytes", "68"]
+    assert main(["simulate", trace, "--batch-size", "8", "--capacity", "20", *options]) == 0
+    output = capsys.readouterr().out
+    assert "80 samples, 10 batches of 8; 80 lookups" in output and "100% = 100 declared rows" in output
+    assert len(output.splitlines()) == 2 + 4 and "MB a step" in output
+
+
+def test_fields_that_share_a_table(trace, capsys):
+    assert main(["simulate", trace, "--batch-size", "8", "--capacity", "20", "--policy", "lru", "--share", "0,1"]) == 0
+    assert "100% = 100 declared rows" in capsys.readouterr().out
+
+
+def test_size(trace, tmp_path, capsys):
+    options = [
+        "--bandwidth",
+        "1KB/s",
+        "--step-time",
+        "100ms",
+        "--row-bytes",
+        "10",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert main(["size", trace, "--batch-size", "8", *options]) == 0
+    output = capsys.readouterr().out
+    answer = json.loads((tmp_path / "out.json").read_text())
+    assert answer["rows_a_step"] == 10 and answer["curve"][0].keys() >= {"slots", "window", "rows_moved", "fits"}
+    assert f"slots={answer['slots']}, window={answer['window']}: " in output and "yes" in output and "no" in output
+    assert len(output.splitlines()) == 2 + len(answer["curve"]) + 1
+
+    assert main(["size", trace, "--batch-size", "8", "--device-memory", "1KiB", "--row-bytes", "15"]) == 0
+    assert f"slots={1024 // (15 + 17)}, " in capsys.readouterr().out
+    assert main(["size", trace, "--batch-size", "8", "--device-memory", "100B", "--row-bytes", "15"]) == 1
+    assert "None: the budget holds 3 slots" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("simulate none.npz --batch-size 8 --capacity 5%", "No such file or directory: 'none.npz'"),
+        ("simulate . --batch-size 8 --capacity 5%", "Is a directory: '.'"),
+        (
+            "simulate TRACE --batch-size 0 --capacity 5%",
+            "argument --batch-size: expected a number of 1 or more, got '0'",
+        ),
+        ("simulate TRACE --batch-size 8 --capacity x", "argument --capacity: expected rows or a share such as 1.5%"),
+        ("simulate TRACE --batch-size 8 --capacity 500%", "capacity '500%'"),
+        (
+            "simulate TRACE --batch-size 8 --capacity 5 --policy opt",
+            "no policy named 'opt': the policies are lookahead",
+        ),
+        ("simulate TRACE --batch-size 8 --capacity 5 --windows auto", "argument --windows: expected a number"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --plot a.pdf", "ends in .png or .svg, got a.pdf"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --json no/a.json", "there is no folder no for a.json"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --columns 2", "has no column '2': it has 0, 1"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --share 0,x", "has no feature 'x'"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --format parquet", "trace.npz"),
+        ("simulate TRACE --batch-size 8", "the following arguments are required: --capacity"),
+        ("size TRACE --batch-size 8 --row-bytes 4", "size needs a budget"),
+        ("size TRACE --batch-size 8 --row-bytes 4 --bandwidth 20", "expected a number with one of B/s, KB/s"),
+        ("size TRACE --batch-size 8 --row-bytes 4 --bandwidth 20GB/s", "each needs the other"),
+        ("size TRACE --batch-size 8 --row-bytes 4 --device-memory 4XB", "expected a number with one of B, KB"),
+        ("", "required: COMMAND"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, trace, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([trace if word == "TRACE" else word for word in arguments.split()])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("jaxcache") and ": error: " in last and message in last
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "expected"),
+    [
+        ("B", "4GB", 4e9),
+        ("B", "1.5 GiB", 1.5 * 2**30),
+        ("B", "100", 100),
+        ("B", ".5TB", 5e11),
+        ("B/s", "20GB/s", 2e10),
+        ("s", "5ms", 5e-3),
+        ("s", "50us", 5e-5),
+    ],
+)
+def test_units(unit, text, expected):
+    assert quantity(unit)(text) == pytest.approx(expected, rel=1e-15)
+
+
+def test_python_m_jaxcache():
+    done = subprocess.run([sys.executable, "-m", "jaxcache", "size", "none.npz"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("jaxcache size: error: ")
+
+
+# ---- docs/howto/choose-capacity.md ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_on_capacity_runs_as_written(tmp_path):
+    """Each block of commands runs as it stands, and prints what the block behind it shows."""
+    page = (ROOT / "docs/howto/choose-capacity.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```(?:\n+```text\n(.*?)^```)?", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for commands, shown in blocks:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{commands}\n{done.stderr}"
+        if shown:
+            assert done.stdout == shown, f"{commands}\nprints\n{done.stdout}"
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        committed, drawn = (folder / name for folder in (ROOT / "docs/howto", tmp_path))
+        assert committed.stat().st_size < 100_000
+        words = [re.findall(r">([^<>]+)</text>", file.read_text()) for file in (committed, drawn)]
+        assert words[0] == words[1], f"{name} is not what the page's command draws"
