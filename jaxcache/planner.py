@@ -8,6 +8,7 @@ planned depends on the order of these calls alone, never on time or on the numbe
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,7 +18,7 @@ import numpy as np
 
 from jaxcache import index
 from jaxcache.index import ABSENT, prefetch
-from jaxcache.lookups import CHUNK_LOOKUPS, SMALL_ROWS, chunks, deduplicate, renumber, scratch
+from jaxcache.lookups import SMALL_ROWS, chunks, deduplicate, renumber, scratch
 from jaxcache.policies import Policy, lookahead
 from jaxcache.tables import Group
 
@@ -120,23 +121,30 @@ _NOT_FILED = 0
 # there are two a doubling: `_LEVELS` lists are used in turn for the levels from that of a new row upwards, and as time
 # goes on, lists of levels that fall below are appended to `_FIRST`. Exact ranks lie in a binary heap instead.
 #
-# A list is made of chunks of items, so that the next victims' entries can be asked for early. A row that is wanted
+# A list is made of blocks of items, so that the next victims' entries can be asked for early. A row that is wanted
 # again leaves behind an item whose number is no longer its entry's; such items are skipped, and swept out when many.
 _FIRST = 0
 _LEVELS = 64
 _LISTS = 1 + _LEVELS
 _LEVEL_BITS = 22  # of a positive float32, read as an integer: exponent and the first bit of the mantissa
 _RESCALED_DOUBLINGS = 64  # a multiple of _LEVELS / 2, so that levels keep their lists
-_CHUNK_ITEMS = 128
+_BLOCK_ITEMS = 128
 _TURNOVERS = 6  # of the cache, until a use counts half
 _DISTINCT = 4  # times as many distinct rows as slots are as good as the whole future
 
 _ORDERS = {"recency": 0, "aged": 1, "count": 2, "rank": 3}
 _RECENCY, _AGED, _COUNT, _RANK = range(4)
 # Fields of `counters`.
-_FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES, _WANTED, _UNWANTED, _HEAPED, _FREE_CHUNK, _CHUNKS, _ITEMS, _FILED = range(11)
-_NEXT, _START, _STOP = range(3)  # fields of a chunk: the next one of its list, where its items start and stop
-_HEAD, _TAIL = range(2)  # chunks of a list
+_FREE_ENTRY, _ENTRIES, _OCCUPIED, _USES, _WANTED, _UNWANTED, _HEAPED, _FREE_BLOCK, _BLOCKS, _ITEMS, _FILED = range(11)
+_COUNTERS = 11
+_NEXT, _START, _STOP = range(3)  # of a block: the next one of its list, where its items start and stop
+_HEAD, _TAIL = range(2)  # of a list: its first and last block
+# A batch of the window has its first use, and how many resident rows it is the next to use, of which some were taken as
+# victims. A use has its row's entry and the batch of the row's next use; besides, the uses of a batch have room for the
+# entries of the rows that it is the next to use.
+_FIRST_USE, _RESIDENT, _TAKEN = range(3)
+_ROW, _FOLLOWING, _RESIDENT_ROW = range(3)
+_THREAD_LOOKUPS = 16_384  # fewer are not worth a thread
 _AHEAD = 32  # rows between asking for their memory and needing it
 
 
@@ -153,65 +161,65 @@ index.discard_stale(_compiled_version, __name__)
 
 
 @numba.njit(cache=True, nogil=True)
-def _append(rows, which, lists, chunks, items, entries, counters):
+def _append(rows, which, lists, blocks, items, entries, counters):
     """Files each of `rows` last in its list of `which`."""
     for i in range(rows.shape[0]):
         tail = np.int64(lists[which[i], _TAIL])
-        if tail == ABSENT or chunks[tail, _STOP] == _CHUNK_ITEMS:
-            chunk = counters[_FREE_CHUNK]
-            if chunk != ABSENT:
-                counters[_FREE_CHUNK] = chunks[chunk, _NEXT]
+        if tail == ABSENT or blocks[tail, _STOP] == _BLOCK_ITEMS:
+            block = counters[_FREE_BLOCK]
+            if block != ABSENT:
+                counters[_FREE_BLOCK] = blocks[block, _NEXT]
             else:
-                chunk = counters[_CHUNKS]
-                counters[_CHUNKS] += 1
-            chunks[chunk, _NEXT] = ABSENT
-            chunks[chunk, _START] = chunks[chunk, _STOP] = 0
+                block = counters[_BLOCKS]
+                counters[_BLOCKS] += 1
+            blocks[block, _NEXT] = ABSENT
+            blocks[block, _START] = blocks[block, _STOP] = 0
             if tail == ABSENT:
-                lists[which[i], _HEAD] = chunk
+                lists[which[i], _HEAD] = block
             else:
-                chunks[tail, _NEXT] = chunk
-            lists[which[i], _TAIL] = chunk
-            tail = chunk
+                blocks[tail, _NEXT] = block
+            lists[which[i], _TAIL] = block
+            tail = block
         counters[_FILED] += 1
         if np.int32(counters[_FILED]) == _NOT_FILED:  # after 2**32 items
             counters[_FILED] += 1
         number = np.int32(counters[_FILED])
-        place = tail * _CHUNK_ITEMS + chunks[tail, _STOP]
+        place = tail * _BLOCK_ITEMS + blocks[tail, _STOP]
         items[place, 0] = rows[i]
         items[place, 1] = number
         entries[rows[i]].filed = number
-        chunks[tail, _STOP] += 1
+        blocks[tail, _STOP] += 1
     counters[_ITEMS] += rows.shape[0]
 
 
 @numba.njit(cache=True, nogil=True)
-def _take(rows, which, lists, chunks, items, entries, counters):
+def _take(rows, which, lists, blocks, items, entries, counters):
     """Takes rows from the start of a list, until it is empty or `rows` is full. Returns how many it took."""
     taken = 0
     while taken < rows.shape[0] and lists[which, _HEAD] != ABSENT:
         head = np.int64(lists[which, _HEAD])
-        start, stop = np.int64(chunks[head, _START]), np.int64(chunks[head, _STOP])
+        start, stop = np.int64(blocks[head, _START]), np.int64(blocks[head, _STOP])
         while taken < rows.shape[0] and start < stop:
-            place = head * _CHUNK_ITEMS + start
-            # Past a chunk's end this is some other row, or none, and does no harm.
+            place = head * _BLOCK_ITEMS + start
+            # Past a block's end this is some other row, or none, and does no harm.
             prefetch(entries, np.int64(items[min(place + _AHEAD, items.shape[0] - 1), 0]))
             start += 1
             counters[_ITEMS] -= 1
             if entries[items[place, 0]].filed == items[place, 1]:
                 rows[taken] = items[place, 0]
                 taken += 1
-        chunks[head, _START] = start
+        blocks[head, _START] = start
         if start == stop:
-            lists[which, _HEAD] = chunks[head, _NEXT]
+            lists[which, _HEAD] = blocks[head, _NEXT]
             if lists[which, _HEAD] == ABSENT:
                 lists[which, _TAIL] = ABSENT
-            chunks[head, _NEXT] = counters[_FREE_CHUNK]
-            counters[_FREE_CHUNK] = head
+            blocks[head, _NEXT] = counters[_FREE_BLOCK]
+            counters[_FREE_BLOCK] = head
     return taken
 
 
 @numba.njit(cache=True, nogil=True)
-def _sink(lists, chunks, floor, new_floor):
+def _sink(lists, blocks, floor, new_floor):
     """Appends the lists of the levels from `floor` up to below `new_floor` to the first list."""
     for level in range(floor, min(new_floor, floor + _LEVELS)):
         which = 1 + (level & (_LEVELS - 1))
@@ -219,29 +227,29 @@ def _sink(lists, chunks, floor, new_floor):
             if lists[_FIRST, _TAIL] == ABSENT:
                 lists[_FIRST, _HEAD] = lists[which, _HEAD]
             else:
-                chunks[lists[_FIRST, _TAIL], _NEXT] = lists[which, _HEAD]
+                blocks[lists[_FIRST, _TAIL], _NEXT] = lists[which, _HEAD]
             lists[_FIRST, _TAIL] = lists[which, _TAIL]
             lists[which, _HEAD] = lists[which, _TAIL] = ABSENT
 
 
 @numba.njit(cache=True, nogil=True)
-def _sweep(lists, chunks, items, swept_lists, swept_chunks, swept_items, entries, counters):
+def _sweep(lists, blocks, items, swept_lists, swept_blocks, swept_items, entries, counters):
     """Moves the lists to the empty swept ones, without the items of rows that have gone on."""
-    counters[_FREE_CHUNK], counters[_CHUNKS], counters[_ITEMS] = ABSENT, 0, 0
-    rows, places = np.empty(_CHUNK_ITEMS, np.int32), np.empty(_CHUNK_ITEMS, np.int64)
+    counters[_FREE_BLOCK], counters[_BLOCKS], counters[_ITEMS] = ABSENT, 0, 0
+    rows, places = np.empty(_BLOCK_ITEMS, np.int32), np.empty(_BLOCK_ITEMS, np.int64)
     for which in range(_LISTS):
         places[:] = which
-        chunk = np.int64(lists[which, _HEAD])
-        while chunk != ABSENT:
+        block = np.int64(lists[which, _HEAD])
+        while block != ABSENT:
             number = 0
-            for i in range(chunks[chunk, _START], chunks[chunk, _STOP]):
-                place = chunk * _CHUNK_ITEMS + i
+            for i in range(blocks[block, _START], blocks[block, _STOP]):
+                place = block * _BLOCK_ITEMS + i
                 prefetch(entries, np.int64(items[min(place + _AHEAD, items.shape[0] - 1), 0]))
                 if entries[items[place, 0]].filed == items[place, 1]:
                     rows[number] = items[place, 0]
                     number += 1
-            _append(rows[:number], places, swept_lists, swept_chunks, swept_items, entries, counters)
-            chunk = np.int64(chunks[chunk, _NEXT])
+            _append(rows[:number], places, swept_lists, swept_blocks, swept_items, entries, counters)
+            block = np.int64(blocks[block, _NEXT])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -282,7 +290,7 @@ def _heap_remove(heap, entries, counters, e):
 
 
 @numba.njit(cache=True, nogil=True)
-def _file(rows, order, floor, lists, chunks, items, heap, entries, counters):
+def _file(rows, order, floor, lists, blocks, items, heap, entries, counters):
     """Files resident rows that nothing wants any more. `floor` is the level of a row that is used once, now."""
     counters[_UNWANTED] += rows.shape[0]
     which = np.full(rows.shape[0], _FIRST, np.int64)
@@ -302,13 +310,13 @@ def _file(rows, order, floor, lists, chunks, items, heap, entries, counters):
                 counters[_HEAPED] += 1
                 _sift(heap[: counters[_HEAPED]], entries, counters[_HEAPED] - 1, e)
         rows = rows[:passing]
-    _append(rows, which, lists, chunks, items, entries, counters)
+    _append(rows, which, lists, blocks, items, entries, counters)
 
 
 @numba.njit(cache=True, nogil=True)
-def _coldest(rows, floor, lists, chunks, items, heap, entries, counters):
+def _coldest(rows, floor, lists, blocks, items, heap, entries, counters):
     """Takes the rows that go first of those that nothing wants, at most `len(rows)`. Returns how many it took."""
-    taken = _take(rows, _FIRST, lists, chunks, items, entries, counters)
+    taken = _take(rows, _FIRST, lists, blocks, items, entries, counters)
     while taken < rows.shape[0] and counters[_HEAPED] > 0:
         rows[taken] = heap[0]
         taken += 1
@@ -317,7 +325,7 @@ def _coldest(rows, floor, lists, chunks, items, heap, entries, counters):
         if taken == rows.shape[0]:
             break
         which = 1 + (level & (_LEVELS - 1))
-        taken += _take(rows[taken:], which, lists, chunks, items, entries, counters)
+        taken += _take(rows[taken:], which, lists, blocks, items, entries, counters)
     for i in range(taken):
         entries[rows[i]].filed = _NOT_FILED
     counters[_UNWANTED] -= taken
@@ -331,11 +339,11 @@ def _farthest(rows, observed, batches, entries, uses):
     taken, batch = 0, observed - 1
     while taken < rows.shape[0]:
         b = batch & batch_mask
-        while taken < rows.shape[0] and batches[b, 2] < batches[b, 1]:
-            place = batches[b, 0] + batches[b, 2]
-            rows[taken] = uses[place & use_mask, 2]
+        while taken < rows.shape[0] and batches[b, _TAKEN] < batches[b, _RESIDENT]:
+            place = batches[b, _FIRST_USE] + batches[b, _TAKEN]
+            rows[taken] = uses[place & use_mask, _RESIDENT_ROW]
             prefetch(entries, np.int64(rows[taken]))
-            batches[b, 2] += 1
+            batches[b, _TAKEN] += 1
             taken += 1
         batch -= 1
 
@@ -375,7 +383,7 @@ def _observe(
     """
     use_mask = uses.shape[0] - 1
     first = counters[_USES]
-    unique = filed = 0
+    unique = resident = 0
     for c in range(chunks.shape[0]):
         start = chunks[c, 0]
         stop = start + uniques[c]
@@ -398,10 +406,10 @@ def _observe(
             latest = entries[e].use
             if latest < first:  # its first lookup in this batch
                 use = first + unique
-                uses[use & use_mask, 0] = e
-                uses[use & use_mask, 1] = ABSENT
+                uses[use & use_mask, _ROW] = e
+                uses[use & use_mask, _FOLLOWING] = ABSENT
                 if latest >= window:
-                    uses[latest & use_mask, 1] = batch
+                    uses[latest & use_mask, _FOLLOWING] = batch
                 else:
                     counters[_WANTED] += 1
                     if entries[e].place >= 0:
@@ -409,8 +417,8 @@ def _observe(
                         if order >= _COUNT and entries[e].heat != _PASSING:
                             _heap_remove(heap, entries, counters, e)
                         entries[e].filed = _NOT_FILED
-                        uses[(first + filed) & use_mask, 2] = e
-                        filed += 1
+                        uses[(first + resident) & use_mask, _RESIDENT_ROW] = e
+                        resident += 1
                 entries[e].use = use
                 occurrences[unique] = chunk_occurrences[i]
                 found[i] = unique
@@ -419,7 +427,7 @@ def _observe(
                 found[i] = latest - first
                 occurrences[latest - first] += chunk_occurrences[i]
     b = batch & (batches.shape[0] - 1)
-    batches[b, 0], batches[b, 1], batches[b, 2] = first, filed, 0
+    batches[b, _FIRST_USE], batches[b, _RESIDENT], batches[b, _TAKEN] = first, resident, 0
     return unique
 
 
@@ -431,8 +439,8 @@ def _misses(first_use, unique, passes, entries, uses, missed):
     passed = np.empty(unique if passes else 0, np.int32)
     for u in range(unique):
         if u + _AHEAD < unique:
-            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, 0]))
-        e = uses[(first_use + u) & use_mask, 0]
+            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, _ROW]))
+        e = uses[(first_use + u) & use_mask, _ROW]
         if entries[e].place < 0:
             missed[absent] = u
             absent += 1
@@ -446,7 +454,7 @@ def _misses(first_use, unique, passes, entries, uses, missed):
 @numba.njit(cache=True, nogil=True)
 def _plan(
     batch, observed, first_use, occurrences, absent, capacity, order, passes, weight, floor, batches, entries, uses,
-    lists, chunks, items, heap, counters, missed, unique_slots, fetched, slots, victims, victim_entries,
+    lists, blocks, items, heap, counters, missed, unique_slots, fetched, slots, victims, victim_entries,
 ):  # fmt: skip
     """Plans `batch`; `observed` is the number of batches observed, of `missed` the first `absent` are not resident.
 
@@ -455,13 +463,13 @@ def _plan(
     use_mask, batch_mask = uses.shape[0] - 1, batches.shape[0] - 1
     free = min(absent, capacity - counters[_OCCUPIED])
     evicted, wait_for = absent - free, np.int64(ABSENT)
-    taken = _coldest(victim_entries[:evicted], floor, lists, chunks, items, heap, entries, counters)
+    taken = _coldest(victim_entries[:evicted], floor, lists, blocks, items, heap, entries, counters)
     # If every resident row is wanted in the window, the one whose next use is farthest goes.
     _farthest(victim_entries[taken:evicted], observed, batches, entries, uses)
     for m in range(missed.shape[0]):
         if m + _AHEAD < missed.shape[0]:
-            prefetch(entries, np.int64(uses[(first_use + missed[m + _AHEAD]) & use_mask, 0]))
-        e = np.int64(uses[(first_use + missed[m]) & use_mask, 0])
+            prefetch(entries, np.int64(uses[(first_use + missed[m + _AHEAD]) & use_mask, _ROW]))
+        e = np.int64(uses[(first_use + missed[m]) & use_mask, _ROW])
         fetched[m] = entries[e].key
         if m >= absent:  # its own victim
             slots[m] = entries[e].place
@@ -490,25 +498,25 @@ def _plan(
     rows = np.empty(occurrences.shape[0], np.int32)
     for u in range(occurrences.shape[0]):
         if u + _AHEAD < occurrences.shape[0]:
-            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, 0]))
+            prefetch(entries, np.int64(uses[(first_use + u + _AHEAD) & use_mask, _ROW]))
         use = (first_use + u) & use_mask
-        e = np.int64(uses[use, 0])
+        e = np.int64(uses[use, _ROW])
         unique_slots[u] = entries[e].place
         if order == _AGED:
             heat = np.int32(entries[e].heat).view(np.float32) + weight
             entries[e].heat = np.float32(heat).view(np.int32)
         elif order == _COUNT:
             entries[e].heat = min(np.int64(entries[e].heat) + occurrences[u], 2**31 - 1)
-        following = np.int64(uses[use, 1])
+        following = np.int64(uses[use, _FOLLOWING])
         if following == ABSENT:
             rows[unwanted] = e
             unwanted += 1
-        else:  # no batch has more rows filed under it than it has uses
+        else:
             b = following & batch_mask
-            uses[(batches[b, 0] + batches[b, 1]) & use_mask, 2] = e
-            batches[b, 1] += 1
+            uses[(batches[b, _FIRST_USE] + batches[b, _RESIDENT]) & use_mask, _RESIDENT_ROW] = e
+            batches[b, _RESIDENT] += 1
     counters[_WANTED] -= unwanted
-    _file(rows[:unwanted], order, floor, lists, chunks, items, heap, entries, counters)
+    _file(rows[:unwanted], order, floor, lists, blocks, items, heap, entries, counters)
     return evicted, wait_for
 
 
@@ -534,7 +542,7 @@ def _forget(batch, victims, window, cells, entries, counters):
 
 
 @numba.njit(cache=True, nogil=True)
-def _admit(keys, slots, heats, order, floor, cells, lists, chunks, items, heap, entries, counters):
+def _admit(keys, slots, heats, order, floor, cells, lists, blocks, items, heap, entries, counters):
     """Makes rows resident, least recently used first."""
     rows = np.empty(keys.shape[0], np.int32)
     for i in range(keys.shape[0]):
@@ -544,7 +552,7 @@ def _admit(keys, slots, heats, order, floor, cells, lists, chunks, items, heap, 
         entries[e].heat = heats[i]
         entries[e].use = ABSENT - keys.shape[0] + i
         rows[i] = e
-    _file(rows, order, floor, lists, chunks, items, heap, entries, counters)
+    _file(rows, order, floor, lists, blocks, items, heap, entries, counters)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -616,38 +624,38 @@ class LookAheadPlanner:
         self._counts = policy.group_counts(group) if policy.order == "rank" else np.zeros(0, np.int32)
         self._entries = _aligned_entries(1024)
         self._cells = index.empty(1024)
-        self._uses = np.zeros((1024, 3), np.int32)  # of each use: entry, batch of the next use; and see _want
-        self._batches = np.zeros((16, 3), np.int64)  # of each batch: its first use, rows filed under it, those taken
+        self._uses = np.zeros((1024, 3), np.int32)  # a ring, as are the batches
+        self._batches = np.zeros((16, 3), np.int64)
         self._heap = np.zeros(slots if self._order >= _COUNT else 0, np.int32)
         self._lists = np.full((_LISTS, 2), ABSENT, np.int32)
-        self._chunks = np.zeros((0, 3), np.int32)
+        self._blocks = np.zeros((0, 3), np.int32)
         self._items = np.zeros((0, 2), np.int32)
-        self._counters = np.zeros(11, np.int64)
-        self._counters[_FREE_ENTRY] = self._counters[_FREE_CHUNK] = ABSENT
+        self._counters = np.zeros(_COUNTERS, np.int64)
+        self._counters[_FREE_ENTRY] = self._counters[_FREE_BLOCK] = ABSENT
         self._ahead: deque[np.ndarray] = deque()  # occurrences of the unique rows of each batch
         self._oldest: tuple[np.ndarray, int] | None = None  # missed rows of the oldest batch, and how many are absent
         self._victims: deque[np.ndarray] = deque()
         self._observed = self._planned = self._evictions = self._rescaled = 0
         self._floor = _level(1.0)
         self._scratches = [scratch() for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads, "jaxcache-planner") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "jaxcache-planner") if threads > 1 else None
         self.limited = False
         if resident is not None:
-            self._admit(*resident, warm=policy.warm_keys(group, slots))
+            self._admit(*resident, pinned=policy.warm_keys(group, slots) if self._passes else None)
 
-    def _admit(self, keys: np.ndarray, slots: np.ndarray, lookups: np.ndarray, warm: np.ndarray) -> None:
+    def _admit(self, keys: np.ndarray, slots: np.ndarray, lookups: np.ndarray, pinned: np.ndarray | None) -> None:
         if self._order == _AGED:
             heats = lookups.astype(np.float32).view(np.int32)
         elif self._order == _RANK:
             heats = self._counts[keys]
         else:
             heats = np.minimum(lookups, 2**31 - 1).astype(np.int32)
-        if self._passes:
-            heats = np.where(np.isin(keys, warm), heats, np.int32(_PASSING))
+        if pinned is not None:
+            heats = np.where(np.isin(keys, pinned), heats, np.int32(_PASSING))
         self._reserve(len(keys), 0)
         self._reserve_items(len(keys))
         _admit(
-            keys, slots, heats, self._order, self._floor, self._cells, self._lists, self._chunks, self._items,
+            keys, slots, heats, self._order, self._floor, self._cells, self._lists, self._blocks, self._items,
             self._heap, self._entries, self._counters,
         )  # fmt: skip
         self._counters[_OCCUPIED] = len(keys)
@@ -661,7 +669,7 @@ class LookAheadPlanner:
     def nbytes(self) -> int:
         """Bytes of everything that grows."""
         arrays = (
-            self._entries, self._cells, self._uses, self._batches, self._chunks, self._items, self._heap,
+            self._entries, self._cells, self._uses, self._batches, self._blocks, self._items, self._heap,
             *self._ahead, *self._victims,
         )  # fmt: skip
         return sum(array.nbytes for array in arrays)
@@ -700,7 +708,7 @@ class LookAheadPlanner:
         """Place of the first use that is not planned yet."""
         if not self._ahead:
             return int(self._counters[_USES])
-        return int(self._batches[self._planned & (len(self._batches) - 1), 0])
+        return int(self._batches[self._planned & (len(self._batches) - 1), _FIRST_USE])
 
     def _reserve(self, entries: int, uses: int) -> None:
         """Makes room for so many more entries and uses, and for another batch."""
@@ -726,21 +734,21 @@ class LookAheadPlanner:
     def _reserve_items(self, number: int) -> None:
         """Makes room to file so many more rows; sweeps if items of rows that have gone on are as many as the others."""
         filed = int(self._counters[_UNWANTED])
-        lists, chunks, items = self._lists, self._chunks, self._items
-        needed = _LISTS + -(-number // _CHUNK_ITEMS)
-        if self._counters[_ITEMS] > 2 * filed + number + _LISTS * _CHUNK_ITEMS:
-            capacity = needed + _LISTS + -(-2 * filed // _CHUNK_ITEMS)
+        lists, blocks, items = self._lists, self._blocks, self._items
+        needed = _LISTS + -(-number // _BLOCK_ITEMS)
+        if self._counters[_ITEMS] > 2 * filed + number + _LISTS * _BLOCK_ITEMS:
+            capacity = needed + _LISTS + -(-2 * filed // _BLOCK_ITEMS)
             self._lists = np.full((_LISTS, 2), ABSENT, np.int32)
-        elif self._counters[_CHUNKS] + needed > len(chunks):
-            capacity = 2 * len(chunks) + needed
+        elif self._counters[_BLOCKS] + needed > len(blocks):
+            capacity = 2 * len(blocks) + needed
         else:
             return
-        self._chunks = np.zeros((capacity, 3), np.int32)
-        self._items = np.zeros((capacity * _CHUNK_ITEMS, 2), np.int32)
+        self._blocks = np.zeros((capacity, 3), np.int32)
+        self._items = np.zeros((capacity * _BLOCK_ITEMS, 2), np.int32)
         if self._lists is lists:
-            self._chunks[: len(chunks)], self._items[: len(items)] = chunks, items
+            self._blocks[: len(blocks)], self._items[: len(items)] = blocks, items
         else:
-            _sweep(lists, chunks, items, self._lists, self._chunks, self._items, self._entries, self._counters)
+            _sweep(lists, blocks, items, self._lists, self._blocks, self._items, self._entries, self._counters)
 
     def observe(self, ids: np.ndarray, starts: np.ndarray, tables: np.ndarray) -> Observed:
         """See `Planner.observe`."""
@@ -778,10 +786,10 @@ class LookAheadPlanner:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _share(self, parts: np.ndarray, work) -> None:
+    def _share(self, parts: np.ndarray, work: Callable[[slice, int], None]) -> None:
         """Calls `work(part, thread)` on parts of about equal size, in as many threads as are worth it."""
         lookups = int(parts[-1, 1]) if len(parts) else 0
-        threads = min(len(self._scratches), len(parts), lookups // CHUNK_LOOKUPS)
+        threads = min(len(self._scratches), len(parts), lookups // _THREAD_LOOKUPS)
         if threads <= 1 or self._pool is None:
             work(slice(0, len(parts)), 0)
             return
@@ -812,7 +820,7 @@ class LookAheadPlanner:
         fetched, victims = np.empty(len(missed), np.int64), np.empty(len(missed), np.int64)
         evicted, wait_for = _plan(
             self._planned, self._observed, first_use, self._ahead[0], absent, self._slots, self._order, self._passes,
-            np.float32(weight), self._floor, self._batches, self._entries, self._uses, self._lists, self._chunks,
+            np.float32(weight), self._floor, self._batches, self._entries, self._uses, self._lists, self._blocks,
             self._items, self._heap, self._counters, missed, unique_slots, fetched, slots, victims, victim_entries,
         )  # fmt: skip
         self._ahead.popleft()
@@ -832,7 +840,7 @@ class LookAheadPlanner:
             self._floor -= _level(2.0**_RESCALED_DOUBLINGS) - _level(1.0)
         weight = 2.0**doublings
         if _level(weight) > self._floor:
-            _sink(self._lists, self._chunks, self._floor, _level(weight))
+            _sink(self._lists, self._blocks, self._floor, _level(weight))
             self._floor = _level(weight)
         return weight
 
