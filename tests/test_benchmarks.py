@@ -67,3 +67,23 @@ def test_an_unknown_case_is_an_error_that_names_the_known_ones():
     done = run("embedding.py", "--case", "nonsense")
     assert done.returncode == 2
     assert "peers" in done.stderr
+
+
+def test_planning_is_timed_with_every_window_and_number_of_threads(tmp_path):
+    out = tmp_path / "records.json"
+    sizes = ("--rows", "200000", "--batch-size", "64", "--share", "3", "--window", "2", "auto", "--threads", "1", "2")
+    done = run("planning.py", *sizes, "--plans", "4", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(out.read_text())["records"]
+    assert [(record["window"], record["threads"]) for record in records] == [(2, 1), (2, 2), ("auto", 1), ("auto", 2)]
+    for record in records:
+        first, third = record["quartiles_ms"]
+        assert 0 < first <= record["ms"] <= third
+        assert record["lookups"] == 26 * 64 and record["slots"] == 6000
+        assert 0 < record["rows_fetched"] < record["unique_rows"] < record["lookups"]
+        assert record["ratio_np_unique_tables"] == pytest.approx(record["ms"] / record["np_unique_tables_ms"])
+    by_threads = [{**record, "threads": 1} for record in records]
+    for one, two in (by_threads[:2], by_threads[2:]):
+        # The same plans, whatever the number of threads.
+        assert all(one[name] == two[name] for name in ("mean_window", "unique_rows", "rows_fetched"))
+    assert records[0]["mean_window"] == 2 < records[2]["mean_window"]
