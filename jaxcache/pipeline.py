@@ -211,7 +211,7 @@ class LookAhead:
         if not isinstance(policy, Policy):
             raise TypeError(f"LookAhead(policy=...) needs a policy such as lookahead(), got {type(policy).__name__}")
         if threads is None:
-            threads = max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
+            threads = max(1, min((os.cpu_count() or 1) // 2, 16))
         if window not in (None, "auto") and not _is_positive(window):
             raise ValueError(f'LookAhead(window={window!r}): window must be a number of batches, at least 1, or "auto"')
         bounds = {"max_window": max_window, "max_window_bytes": max_window_bytes, "threads": threads}

@@ -195,10 +195,15 @@ def test_a_loader_with_other_ids_than_the_future(number):
         train_with(None, BATCHES, 20, future=future)
 
 
-def test_a_loader_that_names_the_features_of_the_future_otherwise():
-    future = [dict(reversed(batch["ids"].items())) for batch in BATCHES]
+@pytest.mark.parametrize(
+    "change",
+    [lambda ids: dict(reversed(ids.items())), lambda ids: {name: column[:, None] for name, column in ids.items()}],
+    ids=["features", "shapes"],
+)
+def test_a_loader_whose_ids_mean_something_else_than_those_of_the_future(change):
+    batches = [{**batch, "ids": dict.fromkeys(TABLES, batch["ids"]["user"])} for batch in BATCHES[:5]]
     with pytest.raises(ValueError, match="batch 0 of the loader has other ids"):
-        train_with(None, BATCHES, 20, future=future)
+        train_with(None, batches, 20, future=[change(batch["ids"]) for batch in batches])
 
 
 def test_a_loader_that_goes_on_beyond_the_future():
