@@ -71,14 +71,13 @@ def measure(log: ClickLog, size: int, slots: int, window: Window, threads: int, 
 
     times: dict[str, list[float]] = {"observe": [], "plan": [], "np_unique_tables": [], "np_unique_samples": []}
     unique, missed, windows = [], [], []
-    observing = 0.0
     for number in range(-3, plans):  # the first few compile, and open the window
-        observing, ids = 0.0, None
+        ids = None
         while planner.wants_batch():
             ids = next(source)
             started = time.perf_counter()
             planner.observe(ids, starts, tables)
-            observing += time.perf_counter() - started
+            times["observe"].append(time.perf_counter() - started)
         windows.append(planner.ahead)
         started = time.perf_counter()
         planned = planner.plan()
@@ -92,13 +91,13 @@ def measure(log: ClickLog, size: int, slots: int, window: Window, threads: int, 
             if number >= 0:
                 times[name].append(time.perf_counter() - started)
         if number >= 0:
-            times["observe"].append(observing)
             times["plan"].append(planning)
             unique.append(len(planned.unique_slots))
             missed.append(len(planned.missed))
     planner.close()
-    # With "auto" some plans draw no batch and others two: means over the run count, as the work is the same.
-    both = np.add(times["observe"], times["plan"]) if window != "auto" else times["plan"] + np.mean(times["observe"])
+    # With "auto" some plans draw no batch and others two: the latest are taken one for one, as in a long run.
+    times["observe"] = times["observe"][-plans:]
+    both = [sum(pair) for pair in zip(times["observe"], times["plan"], strict=False)]
     record = {
         "lookups": fields * size,
         "slots": slots,

@@ -53,6 +53,7 @@ class Batch:
         samples: length of the first axis.
         held: NumPy arrays of the batch and its ids, held by reference.
         fingerprint: of `held`, as drawn.
+        nbytes: bytes that the batch holds while it is ahead: all its arrays, and 4 for each lookup's position.
     """
 
     content: Any
@@ -64,6 +65,7 @@ class Batch:
     samples: int
     held: list[np.ndarray]
     fingerprint: int
+    nbytes: int
 
     @classmethod
     def read(
@@ -76,7 +78,7 @@ class Batch:
                 features, ids out of range, scalars, or features of different lengths.
         """
         if copy:
-            content = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, content)
+            content = _copied(content)
         mapping = ids(content)
         if not isinstance(mapping, Mapping) or not mapping:
             raise TypeError(f"ids(batch) must return a mapping of feature names to ids, got {type(mapping).__name__}")
@@ -89,21 +91,20 @@ class Batch:
         lengths = {name: array.shape[0] if array.ndim else None for name, array in arrays.items()}
         if None in lengths.values() or len(set(lengths.values())) > 1:
             raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
-        held, seen = [], set()
-        for leaf in [*jax.tree.leaves(content), *mapping.values()] if hold else []:
-            if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject and id(leaf) not in seen:
-                seen.add(id(leaf))
-                held.append(leaf)
+        leaves = {id(leaf): leaf for leaf in [*jax.tree.leaves(content), *mapping.values()]}.values() if hold else []
+        held = [leaf for leaf in leaves if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject]
+        starts = np.cumsum([0, *(array.size for array in checked)])
         return cls(
             content=content,
             features=tuple(arrays),
             shapes=tuple(array.shape for array in arrays.values()),
             ids=np.concatenate([array.reshape(-1) for array in checked]),
-            starts=np.cumsum([0, *(array.size for array in checked)]),
+            starts=starts,
             tables=np.array(tables),
             samples=next(iter(arrays.values())).shape[0],
             held=held,
             fingerprint=fingerprint(held),
+            nbytes=sum(getattr(leaf, "nbytes", 0) for leaf in leaves) + 4 * int(starts[-1]),
         )
 
     @property
@@ -114,11 +115,6 @@ class Batch:
     def keys(self, group: Group) -> np.ndarray:
         """The key of each lookup in `group`, `int64[L]`."""
         return (self.ids.view(np.uint64) + np.repeat(group.bases[self.tables], np.diff(self.starts))).view(np.int64)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the batch holds while it is ahead, with the position of the row of each lookup."""
-        return sum(leaf.nbytes for leaf in self.held) + 4 * int(self.starts[-1])
 
     def observed(self) -> Batch:
         """The batch without its ids."""
@@ -131,6 +127,17 @@ class Batch:
                 f"batch {number} changed while it was held ahead: the loader writes into arrays that it has yielded. "
                 "Yield fresh arrays, or let LookAhead(copy=True) copy each batch as it is drawn"
             )
+
+
+def _copied(content: Any) -> Any:
+    """The batch with copies of its NumPy arrays."""
+
+    def copied(leaf: Any) -> Any:
+        if type(leaf) is dict:  # in its own order, which jax.tree.map does not keep
+            return {key: _copied(value) for key, value in leaf.items()}
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return jax.tree.map(copied, content, is_leaf=lambda node: type(node) is dict)
 
 
 def _as_array(feature: str, ids: Any) -> np.ndarray:

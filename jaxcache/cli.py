@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcache.simulate import POLICIES, check_plot_name, describe, format_table, plot, simulate, size
+from jaxcache.simulate import POLICIES, UNBOUNDED, check_plot_name, describe, format_table, plot, simulate, size
 from jaxcache.traces import FORMATS, Trace, load_trace
 
 
@@ -24,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError) as error:
         parser.exit(2, f"jaxcache {arguments.command}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +76,8 @@ def _trace(arguments: argparse.Namespace) -> Trace:
     tables: dict[str, str] = {}
     for group in arguments.share:
         names = _flat(group)
+        if again := [name for name in names if name in tables]:
+            raise ValueError(f"--share names {again[0]!r} twice: name all features that share a table at once")
         tables |= dict.fromkeys(names, "+".join(names))
     trace = load_trace(
         arguments.trace,
@@ -103,7 +108,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
     print(format_table(records))
     if arguments.json:
         _write_json(arguments.json, [dataclasses.asdict(record) for record in records])
-    if arguments.plot:
+    if arguments.plot and all(record.error for record in records if record.policy != UNBOUNDED):
+        print(f"no plot {arguments.plot}: no capacity holds a batch", file=sys.stderr)
+    elif arguments.plot:
         plot(records, arguments.plot, title=f"{arguments.trace.name}, batches of {arguments.batch_size:,}")
     return 0
 
@@ -144,7 +151,10 @@ def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+    words = [word for word in text.split(",") if word]
+    if not words:
+        raise argparse.ArgumentTypeError(f"expected one or more, separated by commas, got {text!r}")
+    return words
 
 
 def _positive(text: str) -> int:

@@ -86,7 +86,7 @@ def hottest_rows(counts: Mapping[str, np.ndarray], number: int) -> dict[str, np.
     """
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
         raise ValueError(f"hottest_rows(number={number!r}): number must be an integer, at least 0")
-    policy = static(counts)
+    policy = static(counts)  # which checks them
     group = Group.stack({name: Table(len(values), 1) for name, values in counts.items()})
     table, ids = group.locate(np.sort(policy.warm_keys(group, int(number))))
     return {name: ids[table == position] for position, name in enumerate(group.names)}

@@ -22,7 +22,15 @@ import numpy as np
 from jaxcache import kernels
 from jaxcache.batches import Batch, Shapes, fingerprint, padded
 from jaxcache.optimizers import Rows
-from jaxcache.planner import LookAheadPlanner, Observed, PlannedBatch, Planner, ResidentPlanner, Window
+from jaxcache.planner import (
+    REMEMBERED_BATCHES,
+    LookAheadPlanner,
+    Observed,
+    PlannedBatch,
+    Planner,
+    ResidentPlanner,
+    Window,
+)
 from jaxcache.policies import Policy, lookahead
 from jaxcache.report import Report, Stage
 from jaxcache.state import (
@@ -39,7 +47,6 @@ from jaxcache.store import HostStore
 
 _READY_BATCHES = 2  # planned batches whose rows wait on the device
 _RETURNING_BATCHES = 3  # exchanges whose victims are on their way home
-_REMEMBERED_BATCHES = 16  # more than the batches between a plan and the landing of its victims
 _SIZE_CLASSES = 8  # of an exchange, each half the one above, down to
 _SMALLEST_EXCHANGE = 64  # rows
 _CHUNK_ROWS = 65_536  # rows moved at a time by `flush` and when every row is brought in
@@ -167,7 +174,7 @@ class LookAhead:
             where there is no other, and then the one that is wanted last. "auto" looks until the choice is exact, or
             until the batches ahead hold four times as many distinct rows as there are slots.
         max_window: most batches that "auto" holds ahead.
-        max_window_bytes: most bytes of batches that "auto" holds ahead: their NumPy arrays, and 4 bytes a lookup.
+        max_window_bytes: most bytes of batches that "auto" holds ahead: their arrays, and 4 bytes a lookup.
         future: for `lookahead()`, the ids of all batches, each a mapping as `ids` returns it, in the order of the
             loader. The whole future is then the window, no policy can fetch fewer rows, and 4 bytes a lookup and 16
             bytes a unique row of each batch are held.
@@ -227,6 +234,10 @@ class LookAhead:
             raise ValueError("LookAhead(window=..., future=...): the whole future is the window, leave window out")
         if not isinstance(store, HostStore):
             raise TypeError(f"LookAhead(store=...) needs a HostStore, got {type(store).__name__}")
+        if future is not None and not isinstance(future, Iterable):
+            raise TypeError(
+                f"LookAhead(future=...) needs an iterable of the ids of each batch, got {type(future).__name__}"
+            )
         if not isinstance(loader, Iterable):
             raise TypeError(f"LookAhead(loader=...) needs an iterable of batches, got {type(loader).__name__}")
         if not callable(ids):
@@ -291,8 +302,9 @@ class LookAhead:
                 self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
             self._returning.close()
             for thread in self._threads:
-                # The loader's thread may sit in the user's own next(); it is a daemon and ends with it.
-                thread.join(timeout=0.2 if thread.name.endswith("loader") else None)
+                # A thread may sit in the next() of the user's loader or future; it is a daemon and ends with it.
+                sits = thread.name.endswith("loader") or (self._future is not None and thread.name.endswith("plan"))
+                thread.join(timeout=0.2 if sits else None)
         finally:
             # Also if an impatient second Ctrl-C came in between.
             self._returning.close()
@@ -403,7 +415,7 @@ class LookAhead:
             self._policy,
             self._window,
             self._max_window,
-            memory=_REMEMBERED_BATCHES,
+            memory=REMEMBERED_BATCHES,
             resident=(keys[order], occupied[order], lookups[order].astype(np.int64)),
             threads=self._thread_number,
         )
@@ -509,15 +521,22 @@ class LookAhead:
                 self._progress.wait(_POLL_SECONDS)
                 self._raise_if_interrupted()
             self._raise_write_error()
-        newest, found = self._store.exchanged, int(cache.exchanged)
+        newest, found = self._store.exchanged, int(cache.exchanged)  # waits for the step
         if found != newest:
             raise RuntimeError(_explain_fault(CacheState.NO_FAULT, int(cache.step), found, newest))
+        started = time.perf_counter()
         planned, step = ready.ahead.planned, self._first_step + ready.ahead.number
         number = len(planned.victims)
         slots = padded(planned.slots[len(planned.slots) - number :], ready.unique_bound, self._slots)
         rows = self._read_programs[ready.unique_bound](cache.buffer, slots)
-        self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[:number], rows))
-        return jax.device_put(self._exchange(planned.fetched, planned.slots, ready.exchange_size, step))
+        with self._stages["write-back"].working():
+            self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[:number], rows))
+        with self._stages["collect"].working():
+            exchange = self._exchange(planned.fetched, planned.slots, ready.exchange_size, step)
+        with self._stages["send"].working():
+            exchange = jax.device_put(exchange)
+        self._count_wait(time.perf_counter() - started)
+        return exchange
 
     def _wait_for_landing(self) -> None:
         """Waits while as many exchanges are under way as may be: the device, or the write-back, is behind."""
@@ -529,6 +548,10 @@ class LookAhead:
             self._raise_write_error()
         # While victims are being written the step waits for them; the rest of the time the device is at work.
         waited = min(time.perf_counter() - started, self._stages["write-back"].busy - written)
+        self._count_wait(waited)
+
+    def _count_wait(self, waited: float) -> None:
+        """Counts time of the caller's loop body as that of the step waiting for other stages."""
         self._stages["step"].wait += waited
         if self._handed_over is not None:
             self._handed_over += waited
@@ -799,6 +822,8 @@ class LookAhead:
         self, future: Iterable[Mapping[str, Any]]
     ) -> Iterator[tuple[_Expected, tuple[np.ndarray, ...]]]:
         for mapping in future:
+            if self._left or self._error is not None:
+                raise _Closed
             batch = Batch.read(mapping, lambda ids: ids, self._store.group, hold=False)
             yield _Expected.of(batch), batch.lookups
 
@@ -807,7 +832,7 @@ class LookAhead:
         while (ahead := self._planned.get(collect)) is not _END:
             batch, observed, planned = ahead.batch, ahead.observed, ahead.planned
             home = -1 if ahead.home_first else planned.wait_for
-            self._wait_for_write_back(max(home, ahead.number - _REMEMBERED_BATCHES), collect)
+            self._wait_for_write_back(max(home, ahead.number - REMEMBERED_BATCHES), collect)
             with collect.working():
                 self._shapes.fit(batch, len(planned.unique_slots))
                 size = self._size_class(len(planned.fetched))

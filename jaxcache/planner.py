@@ -131,6 +131,8 @@ _RESCALED_DOUBLINGS = 64  # a multiple of _LEVELS / 2, so that levels keep their
 _BLOCK_ITEMS = 128
 _TURNOVERS = 6  # of the cache, until a use counts half
 _DISTINCT = 4  # times as many distinct rows as slots are as good as the whole future
+_FORESIGHT = 64  # batches that are looked at before some batch ahead fills the cache,
+_OPENING = 16  # and a plan more, once one does
 
 _ORDERS = {"recency": 0, "aged": 1, "count": 2, "rank": 3}
 _RECENCY, _AGED, _COUNT, _RANK = range(4)
@@ -145,6 +147,9 @@ _HEAD, _TAIL = range(2)  # of a list: its first and last block
 _FIRST_USE, _RESIDENT, _TAKEN = range(3)
 _ROW, _FOLLOWING, _RESIDENT_ROW = range(3)
 _THREAD_LOOKUPS = 16_384  # fewer are not worth a thread
+REMEMBERED_BATCHES = (
+    16  # evictions of the pipeline, more than the batches between a plan and the landing of its victims
+)
 _AHEAD = 32  # rows between asking for their memory and needing it
 
 
@@ -636,6 +641,7 @@ class LookAheadPlanner:
         self._oldest: tuple[np.ndarray, int] | None = None  # missed rows of the oldest batch, and how many are absent
         self._victims: deque[np.ndarray] = deque()
         self._observed = self._planned = self._evictions = self._rescaled = 0
+        self._crowded: int | None = None  # the first plan that looked at more rows than there are slots for
         self._floor = _level(1.0)
         self._scratches = [scratch() for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads - 1, "jaxcache-planner") if threads > 1 else None
@@ -683,14 +689,20 @@ class LookAheadPlanner:
             return False  # so that plan() says so
         occupied, wanted, unwanted = (int(self._counters[field]) for field in (_OCCUPIED, _WANTED, _UNWANTED))
         victims = occupied + self._misses()[1] - self._slots
-        distinct = _DISTINCT * self._slots
         if victims <= 0:
-            # The window opens while the second half of the slots fills, or else the first plan that needs victims
-            # would have to wait for all of it.
-            distinct = _DISTINCT * (2 * occupied - self._slots)
+            # There is nothing to choose yet. The window opens by a batch a plan, and quickly once it shows that the
+            # slots will not do: or else the first plan that needs victims would have to wait for all of it.
+            absent = wanted - (occupied - unwanted)
+            if self._crowded is None and absent > self._slots - occupied:
+                self._crowded = self._planned
+            opened = min(self._planned + 1, _FORESIGHT)
+            if self._crowded is not None:
+                opened = _FORESIGHT + _OPENING * (self._planned - self._crowded)
+            if len(self._ahead) >= opened:
+                return False
         if self._window != "auto":
-            return len(self._ahead) < self._window and (victims > 0 or wanted < distinct)
-        if wanted >= distinct or unwanted <= victims:
+            return len(self._ahead) < self._window
+        if wanted >= _DISTINCT * self._slots or (victims > 0 and unwanted <= victims):
             return False
         self.limited = len(self._ahead) >= self._max_window
         return not self.limited
@@ -775,7 +787,7 @@ class LookAheadPlanner:
             self._batches, self._cells, self._entries, self._uses, self._heap, self._counters, batch_occurrences,
         )  # fmt: skip
         self._share(parts, renumber_part)
-        observed = Observed(inverse, batch_occurrences[:unique])
+        observed = Observed(inverse, batch_occurrences[:unique].copy())  # a view would hold all of it
         self._ahead.append(observed.occurrences)
         self._counters[_USES] += unique
         self._observed += 1

@@ -59,7 +59,8 @@ class Policy:
                     f"{self.name}(counts) has counts of shape {counts.shape} for table {name!r}, which has "
                     f"{table.rows:,} rows: give one count a row"
                 )
-            parts.append(np.minimum(counts, np.iinfo(np.int32).max).astype(np.int32))
+            wide = counts.astype(np.promote_types(counts.dtype, np.uint32), copy=False)
+            parts.append(np.minimum(wide, np.iinfo(np.int32).max).astype(np.int32))
         return np.concatenate(parts)
 
     def warm_keys(self, group: Group, slots: int) -> np.ndarray:
@@ -178,6 +179,10 @@ def _checked(counts: Mapping[str, np.ndarray], factory: str) -> Mapping[str, np.
     arrays = {}
     for name, values in counts.items():
         array = np.asarray(values)
+        if array.ndim != 1:
+            raise ValueError(
+                f"{factory}(counts) has counts of shape {array.shape} for table {name!r}: give one count a row"
+            )
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"{factory}(counts): the counts of table {name!r} are {array.dtype}; they must be integers")
         if array.size and array.min() < 0:
@@ -187,6 +192,6 @@ def _checked(counts: Mapping[str, np.ndarray], factory: str) -> Mapping[str, np.
 
 
 def _ratio(warmup_ratio: float) -> float:
-    if not 0 <= warmup_ratio <= 1:
+    if not isinstance(warmup_ratio, int | float) or not 0 <= warmup_ratio <= 1:
         raise ValueError(f"frequency(warmup_ratio={warmup_ratio!r}): it is a share of the slots, from 0 to 1")
     return float(warmup_ratio)

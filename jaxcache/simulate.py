@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache import policies as policies_
-from jaxcache.planner import LookAheadPlanner, Window
+from jaxcache.planner import REMEMBERED_BATCHES, LookAheadPlanner, Window
 from jaxcache.policies import Policy
 from jaxcache.traces import Trace, load_trace
 
@@ -116,7 +116,9 @@ def _replay(
     # As `LookAhead` starts: the hottest rows count as the most recently used ones.
     warm = policy.warm_keys(trace.group, slots)[::-1]
     resident = (warm, np.arange(len(warm)), np.zeros(len(warm), np.int64)) if len(warm) else None
-    planner = LookAheadPlanner(trace.group, slots, policy, window, max_window, resident=resident)
+    planner = LookAheadPlanner(
+        trace.group, min(slots, trace.rows), policy, window, max_window, memory=REMEMBERED_BATCHES, resident=resident
+    )
     source = trace.batches(batch_size)
     ahead: deque[np.ndarray] = deque()
     figures, hits = [], 0

@@ -33,6 +33,7 @@ class PlannerOracle:
         self.heat = {}  # for "count" and "aged"
         self.evicted = {}  # row -> the latest batch that evicted it
         self.planned = self.evictions = 0
+        self.crowded = None  # the first plan for which the batches ahead held more rows than there were slots for
         for place, (row, slot, lookups) in enumerate(resident):
             self.slot_of[row], self.last_use[row], self.heat[row] = slot, (ABSENT, place), lookups
         self.pinned = set(self.slot_of) & set(pinned or ())
@@ -47,9 +48,15 @@ class PlannerOracle:
         """The rule of window="auto": looking farther would change nothing, or little; or it is too early for that."""
         missing = len(set(self.window[0]) - set(self.slot_of))
         victims = missing - (self.slots - len(self.slot_of))
+        ahead = set().union(*self.window)
+        if victims <= 0:
+            if self.crowded is None and len(ahead - set(self.slot_of)) > self.slots - len(self.slot_of):
+                self.crowded = self.planned
+            early = min(self.planned + 1, 64)
+            opened = early if self.crowded is None else 64 + 16 * (self.planned - self.crowded)
+            return len(self.window) >= opened or len(ahead) >= 4 * self.slots
         unwanted = sum(self.next_use(row) == NEVER for row in self.slot_of)
-        filled = self.slots if victims > 0 else 2 * len(self.slot_of) - self.slots
-        return unwanted <= victims or len(set().union(*self.window)) >= 4 * filled
+        return unwanted <= victims or len(ahead) >= 4 * self.slots
 
     def rank(self, row):
         if self.passes and row not in self.pinned:

@@ -119,6 +119,8 @@ def test_size(trace, tmp_path, capsys):
         ("simulate TRACE --batch-size 8 --capacity 5 --json no/a.json", "there is no folder no for a.json"),
         ("simulate TRACE --batch-size 8 --capacity 5 --columns 2", "has no column '2': it has 0, 1"),
         ("simulate TRACE --batch-size 8 --capacity 5 --share 0,x", "has no feature 'x'"),
+        ("simulate TRACE --batch-size 8 --capacity 5 --share 0,1 --share 1,0", "--share names '1' twice"),
+        ("simulate TRACE --batch-size 8 --capacity ,", "argument --capacity: expected one or more"),
         ("simulate TRACE --batch-size 8 --capacity 5 --format parquet", "trace.npz"),
         ("simulate TRACE --batch-size 8", "the following arguments are required: --capacity"),
         ("size TRACE --batch-size 8 --row-bytes 4", "size needs a budget"),
@@ -134,6 +136,19 @@ def test_mistakes_are_one_line(arguments, message, trace, capsys):
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("jaxcache") and ": error: " in last and message in last
+
+
+@pytest.mark.parametrize("capacity", [10**12, 10**23])
+def test_slots_that_no_machine_has_are_planned_as_those_of_the_trace(capacity, trace, capsys):
+    assert main(["simulate", trace, "--batch-size", "8", "--capacity", str(capacity)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 9 and all(f"{capacity:,}" in line for line in lines[:-1])
+
+
+def test_a_plot_of_no_capacity_that_holds_a_batch(trace, tmp_path, capsys):
+    path = tmp_path / "plot.svg"
+    assert main(["simulate", trace, "--batch-size", "8", "--capacity", "1", "--plot", str(path)]) == 0
+    assert "no capacity holds a batch" in capsys.readouterr().err and not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -248,18 +248,18 @@ def test_bad_arguments(arguments, message):
         simulate([[[1]]], **({"batch_size": 1, "capacities": [1]} | arguments))
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_training_moves_what_was_simulated(name):
+@pytest.mark.parametrize(("name", "window"), [(name, None) for name in sorted(POLICIES)] + [("lookahead", 2)])
+def test_training_moves_what_was_simulated(name, window):
     """The report of a run, whose tables have rows that the trace never looks up, and the record of its trace."""
     random = np.random.default_rng(5)
     loader = [{"user": (300 * random.random(8) ** 3).astype(int)} for _ in range(40)]
     trace = load_trace(loader, rows={"user": 300})
     counts = {"user": np.bincount(np.concatenate([batch["user"] for batch in loader]), minlength=300)}
-    [_, record, _] = simulate(trace, 8, ["10%"], [name])
+    record = simulate(trace, 8, ["10%"], [name], [window] if window else [])[-2]
 
     store = jc.HostStore({"user": jc.Table(300, 4)}, optax.sgd(0.1))
     policy = POLICIES[name](counts)
-    with jc.LookAhead(store, loader, ids=lambda batch: batch, slots="10%", policy=policy) as ahead:
+    with jc.LookAhead(store, loader, ids=lambda batch: batch, slots="10%", policy=policy, window=window) as ahead:
         cache = ahead.start()
         for _, plan in ahead:
             cache = ahead.exchange(cache, plan)
