@@ -288,7 +288,7 @@ GOOD = np.ones(ROWS, np.int64)
     [
         ({"user": GOOD}, ValueError, r"\(counts\) has no counts of table 'item', only of user"),
         ({"user": GOOD, "item": GOOD[1:]}, ValueError, r"shape \(39,\) for table 'item', which has 40 rows"),
-        ({"user": GOOD, "item": GOOD[:, None]}, ValueError, r"table 'item' have shape \(40, 1\), not \(rows,\)"),
+        ({"user": GOOD, "item": GOOD[:, None]}, ValueError, r"shape \(40, 1\) for table 'item': give one count a row"),
         ({"user": -GOOD, "item": GOOD}, ValueError, "table 'user' has a negative count, -1"),
         ({"user": GOOD * 0.5, "item": GOOD}, TypeError, "table 'user' are float64; they must be integers"),
         (GOOD, TypeError, "mapping of table names to integer arrays .* got ndarray"),
