@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--share", type=float, nargs="+", default=[1.5, 3.0], help="slots, per cent of the rows")
     parser.add_argument("--window", nargs="+", default=["8", "auto"], help='batches, or "auto"')
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the planner")
-    parser.add_argument("--plans", type=int, default=40, help="plans timed in each row of the table")
+    parser.add_argument("--plans", type=int, default=100, help="plans timed in each row of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the records there")
     options = parser.parse_args(arguments)
     log = ClickLog(scaled_cardinalities(options.rows))
