@@ -92,7 +92,7 @@ def lookahead() -> Policy:
 
 
 def scratchpipe() -> Policy:
-    """ScratchPipe's rule (Kwon & Rhu, ISCA 2022, section IV): rows of three past and two future batches are held.
+    """ScratchPipe's rule: rows of three past and two future batches are held (Kwon & Rhu, ISCA 2022, arXiv 2205.04702).
 
     Among the others the least recently used one goes first. As rows of past batches were used last, they go last among
     those that the future batches do not want; where capacity is short, held rows go too.
@@ -104,7 +104,9 @@ def scratchpipe() -> Policy:
 
 
 def lru() -> Policy:
-    """The least recently used row goes first; nothing is known of the future.
+    """The least recently used row goes first (Mattson et al., IBM Systems Journal 9(2), 1970).
+
+    Nothing is known of the future.
 
     >>> lru().order
     'recency'
@@ -114,6 +116,8 @@ def lru() -> Policy:
 
 def lfu() -> Policy:
     """The row with the fewest lookups since it was fetched goes first, the least recently used one of several.
+
+    Least frequently used, as in Mattson et al., IBM Systems Journal 9(2), 1970.
 
     >>> lfu().order
     'count'
