@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+import ml_dtypes
 import numba
 import numpy as np
 
@@ -16,6 +17,7 @@ from jaxcache import index
 from jaxcache.index import mix
 
 MAX_ROWS = 2**63 - 1
+DTYPES = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))
 
 
 class Initializer(Protocol):
@@ -91,15 +93,25 @@ class normal:
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding table: `rows` rows of `dim` float32 weights, each with an initial value that needs no memory.
+    """An embedding table: `rows` rows of `dim` weights, each with an initial value that needs no memory.
 
     Args:
         rows: number of rows, 1 to 2**63 - 1; ids run from 0 to rows - 1. A row costs memory once it was trained.
         dim: weights a row, at least 1.
         initializer: initial weights, see `Initializer`; `uniform()` by default.
+        dtype: of the weights where they are kept: float32, bfloat16 or float16. The optimizer computes in float32 and
+            keeps its state in float32, and `lookup` returns float32.
+        rounding: how updated weights become 16 bits wide: "nearest", where steps much smaller than a weight are lost;
+            or "stochastic", up or down with probabilities that keep the expectation (Gupta et al., ICML 2015).
+        master_copy: whether a row keeps its weights in float32 beside those of `dtype`, as part of its state. Nothing
+            is lost by rounding then, and a row takes more memory than one in float32 alone.
+        optimizer: an optax transformation that treats rows apart; None for the one of the store.
+        frozen: whether the table is read and never trained: no optimizer, no state, and nothing is written back.
+        out_of_range: what becomes of an id outside 0 to rows - 1: "error", or "ignore", which treats it as padding
+            (a row of zeros that is no part of its bag) and counts it in the report.
 
     Raises:
-        ValueError: if `rows` or `dim` is out of range.
+        ValueError: if an argument is none of the above, or if two of them contradict each other.
 
     >>> Table(10_000_000, 64).rows
     10000000
@@ -108,11 +120,46 @@ class Table:
     rows: int
     dim: int
     initializer: Initializer = uniform()
+    dtype: Any = np.dtype(np.float32)
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    master_copy: bool = False
+    optimizer: Any = None
+    frozen: bool = False
+    out_of_range: Literal["error", "ignore"] = "error"
 
     def __post_init__(self):
         for name, value, most in (("rows", self.rows, MAX_ROWS), ("dim", self.dim, 2**31 - 1)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most:
                 raise ValueError(f"Table({name}={value!r}): {name} must be an integer from 1 to {most:,}")
+        object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
+        for name, value, choices in (
+            ("rounding", self.rounding, ("nearest", "stochastic")),
+            ("out_of_range", self.out_of_range, ("error", "ignore")),
+            ("master_copy", self.master_copy, (False, True)),
+            ("frozen", self.frozen, (False, True)),
+        ):
+            if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+                raise ValueError(f"Table({name}={value!r}): {name} must be {choices[0]!r} or {choices[1]!r}")
+        if self.rounding == "stochastic" and (self.dtype == np.float32 or self.master_copy):
+            why = "of float32 weights" if self.dtype == np.float32 else "beside a master copy, from which nothing is lost"
+            raise ValueError(f'Table(rounding="stochastic"): there is no rounding {why}')
+        if self.master_copy and self.dtype == np.float32:
+            raise ValueError("Table(master_copy=True): the weights are float32 themselves, set dtype to a narrower one")
+        if self.frozen and (self.optimizer is not None or self.rounding == "stochastic" or self.master_copy):
+            raise ValueError(
+                "Table(frozen=True): a table that is never trained has no optimizer, no stochastic rounding and no "
+                "master copy: leave them out"
+            )
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPES:
+        raise ValueError(f"Table(dtype={dtype!r}): dtype must be float32, bfloat16 or float16")
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,6 +168,10 @@ class Group:
 
     A row of the group has one 64-bit *key*, the number of rows in the tables before its own plus its id, kept as the
     bits of an `int64`. Compared by value, and hashable: it is static data of the pytrees.
+
+    Attributes:
+        names: names of the tables.
+        tables: the tables, without their optimizers, which compare by identity.
 
     >>> group = Group.stack({"user": Table(10, 4), "item": Table(5, 4)})
     >>> group.keys(1, np.array([0, 4]))
@@ -137,20 +188,34 @@ class Group:
         """Checks that `tables` can share a buffer and stacks them in their order.
 
         Raises:
-            ValueError: without tables, for dims that differ, or for more than 2**64 - 1 rows in all.
+            ValueError: without tables, for tables that cannot share a buffer, or for more than 2**64 - 1 rows in all.
             TypeError: for a name that is no string or a value that is no `Table`.
         """
-        if not tables:
-            raise ValueError("a store needs at least one table: HostStore({'user': Table(rows, dim)}, ...)")
-        for name, table in tables.items():
-            if not isinstance(name, str) or not isinstance(table, Table):
-                raise TypeError(f"tables must map names to Table(rows, dim); got {name!r}: {type(table).__name__}")
-        dims = {name: table.dim for name, table in tables.items()}
-        if len(set(dims.values())) > 1:
-            raise ValueError(f"the tables of a store must have one dim, got {dims}; use a store a dim")
+        check_tables(tables)
+        formats = {name: _format(table) for name, table in tables.items()}
+        if len(set(formats.values())) > 1:
+            raise ValueError(f"stacked tables must have one dim, one dtype and one optimizer, got {formats}")
         if sum(int(table.rows) for table in tables.values()) >= 2**64:
-            raise ValueError("the tables of a store hold 2**64 rows or more in all: split them over two stores")
-        return cls(tuple(tables), tuple(tables.values()))
+            raise ValueError(
+                "tables of one dim, dtype and optimizer hold 2**64 rows or more in all: give some an optimizer object "
+                "of their own"
+            )
+        return cls(tuple(tables), tuple(replace(table, optimizer=None) for table in tables.values()))
+
+    @property
+    def name(self) -> str:
+        """The name of its first table, by which the group is known."""
+        return self.names[0]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the weights, the same for all tables."""
+        return self.tables[0].dtype
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its tables are never trained."""
+        return self.tables[0].frozen
 
     @property
     def dim(self) -> int:
@@ -186,17 +251,22 @@ class Group:
         table = np.searchsorted(self.bases, unsigned, side="right") - 1
         return table, (unsigned - self.bases[table]).view(np.int64)
 
+    def streams(self, seed: int) -> np.ndarray:
+        """A number for each table that stands for the store's seed and the table's name, `uint64[tables]`."""
+        # The name, not the position: adding a table leaves the others as they were.
+        digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in self.names)
+        names = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+        return np.array([mix(mix(np.uint64(seed % 2**64)) ^ name) for name in names], np.uint64)
+
     def initial_weights(self, seed: int, keys: np.ndarray) -> np.ndarray:
         """The weights `float32[N, dim]` that the rows at `keys` have before any training."""
         table_of, ids = self.locate(keys)
+        streams = self.streams(seed)
         weights = np.empty((len(ids), self.dim), np.float32)
         for position in np.flatnonzero(np.bincount(table_of, minlength=len(self.tables))):
             here = np.flatnonzero(table_of == position)
             table = self.tables[position]
-            # The name, not the position, seeds the stream: adding a table leaves the others as they were.
-            name = hashlib.blake2b(self.names[position].encode(), digest_size=8).digest()
-            stream = int(mix(mix(np.uint64(seed % 2**64)) ^ np.uint64(int.from_bytes(name, "little"))))
-            initial = table.initializer(stream, ids[here], table)
+            initial = table.initializer(int(streams[position]), ids[here], table)
             if np.shape(initial) != (len(here), self.dim):
                 raise ValueError(
                     f"the initializer of table {self.names[position]!r} returned shape {np.shape(initial)} for "
@@ -204,6 +274,37 @@ class Group:
                 )
             weights[here] = initial
         return weights
+
+
+def _format(table: Table) -> tuple:
+    """What tables that share a buffer have in common."""
+    # An optimizer is known by the object: two of optax.adam(1e-3) compare unequal.
+    return (table.dim, str(table.dtype), table.rounding, table.master_copy, table.frozen, id(table.optimizer))
+
+
+def check_tables(tables: Mapping[str, Table]) -> None:
+    """Raises ValueError without tables, and TypeError for a name that is no string or a value that is no `Table`."""
+    if not tables:
+        raise ValueError("a store needs at least one table: HostStore({'user': Table(rows, dim)}, ...)")
+    for name, table in tables.items():
+        if not isinstance(name, str) or not isinstance(table, Table):
+            raise TypeError(f"tables must map names to Table(rows, dim); got {name!r}: {type(table).__name__}")
+
+
+def stackable(tables: Mapping[str, Table]) -> list[dict[str, Table]]:
+    """Parts `tables` into those that can share a buffer: equal in dim, dtype, rounding, and of the same optimizer.
+
+    Groups and the tables in them keep the order of `tables`. Raises as `check_tables`.
+
+    >>> tables = {"user": Table(9, 4), "city": Table(5, 2), "item": Table(7, 4)}
+    >>> [list(part) for part in stackable(tables)]
+    [['user', 'item'], ['city']]
+    """
+    check_tables(tables)
+    parts: dict[tuple, dict[str, Table]] = {}
+    for name, table in tables.items():
+        parts.setdefault(_format(table), {})[name] = table
+    return list(parts.values())
 
 
 def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
