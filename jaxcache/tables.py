@@ -307,26 +307,42 @@ def stackable(tables: Mapping[str, Table]) -> list[dict[str, Table]]:
     return list(parts.values())
 
 
-def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
-    """A new C-ordered `int64` array of `ids`, of the same shape: what was checked stays so, whoever writes into `ids`.
+def widen_ids(ids: Any, feature: str) -> np.ndarray:
+    """A new C-ordered `int64` array of `ids`, of the same shape: what is checked stays so, whoever writes into `ids`.
 
-    Raises:
-        TypeError: for anything but integers.
-        ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
+    Unsigned ids of 2**63 or more become negative. Raises TypeError for anything but integers.
     """
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(array.shape, np.int64)  # an empty list has no dtype of its own
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"ids of feature {feature!r} are {array.dtype}; ids must be integers (ids.astype(np.int64))")
+    return array.astype(np.int64, order="C")
+
+
+def out_of_range(ids: np.ndarray, rows: int) -> np.ndarray:
+    """Whether each of `ids` (`int64`) lies outside 0 to `rows` - 1."""
     # One unsigned comparison finds both: a negative id is a huge unsigned one.
-    flat = array.reshape(-1)
-    wide = flat.astype(np.int64)
-    wrong = wide.view(np.uint64) >= np.uint64(rows)
+    return ids.view(np.uint64) >= np.uint64(rows)
+
+
+def id_error(ids: Any, place: int, feature: str, rows: int) -> ValueError:
+    """The error that says which id is out of range: that of lookup `place` of `ids`."""
+    return ValueError(
+        f"feature {feature!r} has id {int(np.asarray(ids).reshape(-1)[place])} at lookup {place}; "
+        f"ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
+    )
+
+
+def check_ids(ids: Any, feature: str, rows: int) -> np.ndarray:
+    """The `ids` as `widen_ids` returns them, all of them in range.
+
+    Raises:
+        TypeError: for anything but integers.
+        ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
+    """
+    wide = widen_ids(ids, feature)
+    wrong = out_of_range(wide.reshape(-1), rows)
     if wrong.any():
-        place = int(np.argmax(wrong))
-        raise ValueError(
-            f"feature {feature!r} has id {int(flat[place])} at lookup {place}; "
-            f"ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
-        )
-    return wide.view(np.int64).reshape(array.shape)
+        raise id_error(ids, int(np.argmax(wrong)), feature, rows)
+    return wide
