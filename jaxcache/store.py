@@ -318,8 +318,9 @@ def _with_optimizers(tables: Mapping[str, Table], optimizer: optax.GradientTrans
         if table.optimizer is None and not table.frozen:
             if optimizer is None:
                 raise ValueError(
-                    f"table {name!r} has no optimizer: HostStore(tables, optimizer=jc.rowwise_adagrad(0.05)) gives "
-                    "one to all tables without, Table(..., optimizer=...) to this one, and Table(..., frozen=True) needs none"
+                    f"table {name!r} has no optimizer: give one to all tables without, HostStore(tables, "
+                    "optimizer=jc.rowwise_adagrad(0.05)), or to this one, Table(..., optimizer=...), or freeze it, "
+                    "Table(..., frozen=True)"
                 )
             table = replace(table, optimizer=optimizer)
         given[name] = table
