@@ -73,13 +73,12 @@ class RowStore:
 
     def describe(self) -> str:
         """The tables and the format of their rows in a line: `user: 1,000 x 2, item: 40 x 2 bfloat16 frozen`."""
-        table = self.group.tables[0]
-        sizes = (
-            f"{name}: {one.rows:,} x {one.dim}" for name, one in zip(self.group.names, self.group.tables, strict=True)
-        )
-        rounding = "stochastic" if table.rounding == "stochastic" else ""
-        words = (str(table.dtype), rounding, "master_copy" * table.master_copy, "frozen" * table.frozen)
-        return f"{', '.join(sizes)} {' '.join(filter(None, words))}"
+        names, tables = self.group.names, self.group.tables
+        sizes = (f"{name}: {table.rows:,} x {table.dim}" for name, table in zip(names, tables, strict=True))
+        first = tables[0]
+        rounding = "" if first.rounding == "nearest" else f" rounding {first.rounding}"
+        extras = rounding + " with a master copy" * first.master_copy + " frozen" * first.frozen
+        return f"{', '.join(sizes)} {first.dtype}{extras}"
 
     @property
     def streams(self) -> np.ndarray:
