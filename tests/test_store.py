@@ -134,7 +134,7 @@ def fresh_store(optimizers, seed=0):
         return jc.HostStore(TABLES, optimizer=some_optimizer(), seed=seed)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(requests=st.lists(REQUESTS, max_size=14))
 def test_read_write_and_load_are_those_of_a_dict(optimizers, tmp_path_factory, requests):
     store, expected, numbers = fresh_store(optimizers, seed=4), {}, itertools.count(1)
@@ -630,7 +630,8 @@ def test_loading_takes_no_memory_beyond_the_rows_and_makes_room_once(monkeypatch
     store = jc.HostStore(tables, jc.rowwise_adagrad(0.1))
     weights = some_weights(100_000, 16, np.float32 if how == "jax" else np.float64)
     source = as_given(weights, how, tmp_path)
-    np.asarray(source[:1024])  # slices of JAX arrays are compiled, which takes memory of its own
+    if how == "jax":
+        np.asarray(source[:1024])  # the first slice is compiled, which takes memory of its own
     tracemalloc.start()
     try:
         store.load("t", source)
