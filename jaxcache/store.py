@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numba
 import numpy as np
 import optax
@@ -15,6 +21,9 @@ from jaxcache import index
 from jaxcache.index import ABSENT
 from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
 
 
 @numba.njit(cache=True, nogil=True)
@@ -64,13 +73,12 @@ class RowStore:
 
     def describe(self) -> str:
         """The tables and the format of their rows in a line: `user: 1,000 x 2, item: 40 x 2 bfloat16 frozen`."""
-        table = self.group.tables[0]
-        sizes = (
-            f"{name}: {one.rows:,} x {one.dim}" for name, one in zip(self.group.names, self.group.tables, strict=True)
-        )
-        rounding = "stochastic" if table.rounding == "stochastic" else ""
-        words = (str(table.dtype), rounding, "master_copy" * table.master_copy, "frozen" * table.frozen)
-        return f"{', '.join(sizes)} {' '.join(filter(None, words))}"
+        names, tables = self.group.names, self.group.tables
+        sizes = (f"{name}: {table.rows:,} x {table.dim}" for name, table in zip(names, tables, strict=True))
+        first = tables[0]
+        rounding = "" if first.rounding == "nearest" else f" rounding {first.rounding}"
+        extras = rounding + " with a master copy" * first.master_copy + " frozen" * first.frozen
+        return f"{', '.join(sizes)} {first.dtype}{extras}"
 
     @property
     def streams(self) -> np.ndarray:
@@ -145,6 +153,32 @@ class RowStore:
                 flat = np.ascontiguousarray(new).reshape(len(new), -1).view(words)
                 _put(leaf.reshape(len(leaf), -1).view(words), positions, flat)
 
+    def fill(self, table: int, weights: Any) -> None:
+        """Sets every row of a table to given weights, never updated; memory beyond the rows themselves stays flat.
+
+        Args:
+            table: position of the table in the group.
+            weights: `float[rows, dim]`, anything that can be sliced into arrays.
+        """
+        with self._lock:  # room for all of them at once: growing step by step would copy the rows again and again
+            absent = 0
+            for start, stop in _spans(self.group.tables[table]):
+                positions = np.empty(stop - start, np.int64)
+                index.find_all(self._cells, self._keys(table, start, stop), positions)
+                absent += int(np.count_nonzero(positions == ABSENT))
+            self._reserve(self._written + absent)
+        for start, stop in _spans(self.group.tables[table]):
+            chunk = np.asarray(weights[start:stop]).astype(np.float32, copy=False)
+            self.write(self._keys(table, start, stop), self._untrained(chunk))
+
+    def chunks(self, table: int) -> Iterator[np.ndarray]:
+        """The weights of all rows of the table at position `table`, in order of ids, some rows `[N, dim]` at a time."""
+        for start, stop in _spans(self.group.tables[table]):
+            yield self.read(self._keys(table, start, stop)).weights
+
+    def _keys(self, table: int, start: int, stop: int) -> np.ndarray:
+        return self.group.keys(table, np.arange(start, stop))
+
     def _untrained(self, weights: np.ndarray) -> Rows:
         """Rows of the given `float32[N, dim]` weights, rounded to the nearest of the group's dtype, never updated."""
         return Rows(weights.astype(self.group.dtype, copy=False), self.optimizer.initial_state(weights))
@@ -192,6 +226,7 @@ class HostStore:
         step: updates done as of the last flush.
         exchanged: exchanges whose victims are home: the newest cache has made as many.
         unwritten: what kept victims from being written, until a later `flush` has written them.
+        loaded: whether rows were loaded since a pipeline last started without a cache: those filled before are stale.
 
     >>> tables = {"user": Table(10**9, 2), "item": Table(40, 2), "word": Table(9, 3, frozen=True)}
     >>> store = HostStore(tables, optimizer=optax.sgd(0.1), seed=0)
@@ -215,6 +250,7 @@ class HostStore:
         self._lock = threading.RLock()
         self.exchanged = 0
         self.unwritten: BaseException | None = None
+        self.loaded = False
         self._pipeline: object | None = None
         self._behind = False
 
@@ -271,6 +307,90 @@ class HostStore:
         ids = check_ids(ids, table, self.tables[table].rows).reshape(-1)
         self._refuse_behind("read")
         return group.read(group.group.keys(position, ids))
+
+    def load(self, table: str, source: Any) -> None:
+        """Sets every row of a table to given weights, with the optimizer state of rows that were never updated.
+
+        The weights are read a few thousand rows at a time, so that no second copy of them is made in memory, and are
+        rounded to the nearest of the table's dtype; a master copy keeps the float32 values.
+
+        Args:
+            table: its name. Frozen tables can be loaded too.
+            source: weights `[rows, dim]` as float32, float64, float16 or bfloat16: an array (NumPy, JAX, or anything
+                else with `shape`, `dtype` and slices), a list, or the path of a `.npy` file, such as `save` writes.
+
+        Raises:
+            KeyError: for an unknown table.
+            TypeError: for weights of any other dtype.
+            ValueError: for another shape, a file that is no whole `.npy` file, or a finite weight that would be
+                infinite in the table's dtype.
+            FileNotFoundError: if there is no such file.
+            RuntimeError: while a pipeline has the store open, or a cache holds newer rows.
+
+        Nothing has changed when one of these is raised.
+
+        >>> store = HostStore({"item": Table(2, 3)}, optimizer=optax.sgd(0.1))
+        >>> store.load("item", [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        >>> store.rows("item", [1]).tolist(), store.loaded
+        ([[4.0, 5.0, 6.0]], True)
+        """
+        group, position = self.locate(table)
+        weights = _Weights(table, self.tables[table], source)
+        with self._lock:  # no pipeline opens the store meanwhile
+            if self._pipeline is not None:
+                raise RuntimeError(
+                    f"load({table!r}): the store serves an open LookAhead, whose cache would go on with the old rows: "
+                    "load before its `with` block or after it"
+                )
+            self._refuse_behind("loaded")
+            weights.check_range()
+            self.loaded = True
+            group.fill(position, weights)
+
+    def save(self, table: str, path: str | os.PathLike) -> None:
+        """Writes the weights of all rows of a table to a `.npy` file `[rows, dim]`, which `load` and `numpy.load` read.
+
+        Rows that were never written are in it with their initial weights; optimizer state and master copies are not.
+        A file of that name is replaced once the new one is complete. `load` of the file gives the same weights.
+
+        Args:
+            table: its name.
+            path: taken as it is, no `.npy` is appended. Bfloat16, which `.npy` files do not know, is written as float32
+                (exactly), other weights in the table's dtype.
+
+        Raises:
+            KeyError: for an unknown table.
+            RuntimeError: if newer values lie in a cache that was not flushed.
+            OSError: if the disk has no room for the file, or it cannot be written.
+
+        >>> import tempfile
+        >>> store = HostStore({"item": Table(2, 3)}, optimizer=optax.sgd(0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store.save("item", folder + "/item.npy")
+        ...     np.load(folder + "/item.npy").shape
+        (2, 3)
+        """
+        group, position = self.locate(table)
+        self._refuse_behind("saved")
+        shape = (int(self.tables[table].rows), int(self.tables[table].dim))
+        dtype = np.dtype(np.float32) if group.group.dtype == _BFLOAT16 else group.group.dtype
+        path = Path(path)
+        size, free = shape[0] * shape[1] * dtype.itemsize, shutil.disk_usage(path.parent).free
+        if size > free:
+            raise OSError(errno.ENOSPC, f"table {table!r} takes {size:,} bytes, {free:,} are free for", str(path))
+        partial = path.with_name(path.name + ".part")
+        try:
+            with open(partial, "wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for weights in group.chunks(position):
+                    file.write(weights.astype(dtype, copy=False).data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._refuse_behind("saved")  # training that began meanwhile, in another thread
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _refuse_behind(self, done: str) -> None:
         if self._behind:
@@ -332,3 +452,83 @@ def _row_store(tables: Mapping[str, Table], seed: int) -> RowStore:
     table = next(iter(tables.values()))
     optimizer = RowOptimizer(table.optimizer, table.dim, table.dtype, table.rounding, table.master_copy)
     return RowStore(Group.stack(tables), optimizer, seed)
+
+
+def _spans(table: Table) -> Iterator[tuple[int, int]]:
+    """Ids from start to stop, all those of a table, a chunk at a time."""
+    rows, step = int(table.rows), max(1, _CHUNK // int(table.dim))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class _Weights:
+    """What a table is to be loaded from, checked: slices of it are arrays `float[N, dim]`."""
+
+    def __init__(self, name: str, table: Table, source: Any):
+        self._name, self._table = name, table
+        self._array = self._opened(source)
+        self._dtype = self._checked_dtype(self._array.dtype)
+        found, expected = tuple(self._array.shape), (table.rows, table.dim)
+        if found != expected:
+            raise ValueError(f"{self._refused} of shape {found}: its rows and dim are {expected}")
+
+    @property
+    def _refused(self) -> str:
+        return f"table {self._name!r} cannot be loaded from {self._from}"
+
+    def _opened(self, source: Any) -> Any:
+        if isinstance(source, str | os.PathLike):
+            self._from = f"the file {os.path.abspath(source)}"
+            try:
+                return np.lib.format.open_memmap(source, mode="r")
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, f"{self._refused}: no such file") from None
+            except (ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{self._refused}: it is no whole .npy file as numpy.save and HostStore.save write them ({error})"
+                ) from error
+        self._from = "an array"
+        if hasattr(source, "shape") and isinstance(getattr(source, "dtype", None), np.dtype):
+            return source  # JAX arrays, among others, would be copied as a whole
+        self._from = f"a {type(source).__name__}"
+        try:
+            return np.asarray(source)
+        except ValueError as error:
+            raise ValueError(f"{self._refused} that is no array: {error}") from error
+
+    def _checked_dtype(self, found: np.dtype) -> np.dtype:
+        """The dtype that the values have."""
+        if found == np.dtype("V2"):  # what numpy.save makes of bfloat16
+            if self._table.dtype == _BFLOAT16:
+                return _BFLOAT16
+            raise TypeError(
+                f"{self._refused} of 2 bytes a weight that say no dtype, as numpy.save leaves of bfloat16: give the "
+                "array, array.view(ml_dtypes.bfloat16)"
+            )
+        if found == _BFLOAT16 or (np.issubdtype(found, np.floating) and found.itemsize <= 8):
+            return found
+        raise TypeError(
+            f"{self._refused} of {found}: weights must be float32, float64, float16 or bfloat16 "
+            "(array.astype(np.float32))"
+        )
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        array = np.asarray(self._array[rows])
+        return array.view(self._dtype) if array.dtype.kind == "V" else array
+
+    def check_range(self) -> None:
+        """Raises ValueError if a finite weight is infinite in the table's dtype."""
+        dtype = self._table.dtype
+        largest = float(ml_dtypes.finfo(dtype).max)
+        if float(ml_dtypes.finfo(self._dtype).max) <= largest:
+            return
+        for start, stop in _spans(self._table):
+            weights = self[start:stop]
+            with np.errstate(over="ignore"):
+                lost = np.isinf(weights.astype(np.float32).astype(dtype)) & np.isfinite(weights)
+            if lost.any():
+                row, column = np.argwhere(lost)[0]
+                raise ValueError(
+                    f"{self._refused}: row {start + row} has {weights[row, column]} in column {column}, but the "
+                    f"largest {dtype} is {largest:.5g}: give the table a wider dtype, or scale the weights"
+                )
