@@ -74,7 +74,7 @@ class Capacity:
             return cls(tuple(groups), numbers, sum(numbers), costs, asked)
         else:
             asked = f"LookAhead(slots={slots!r})"
-            budget = parse_slots(slots, sum(group.rows for group in groups), asked)
+            budget = _parse_slots(slots, sum(group.rows for group in groups), asked)
         every = tuple(group.rows for group in groups)
         if budget >= sum(cost * rows for cost, rows in zip(costs, every, strict=True)):
             known: tuple[int, ...] | None = every
@@ -131,22 +131,27 @@ class Capacity:
         return tuple(int(number) for number in slots_at(low))
 
 
-def parse_slots(slots: Any, rows: int, asked: str) -> int:
-    """A number of slots, at most `rows`, from a number or a share such as "1.5%" of `rows`.
+def rows_of(capacity: Any, rows: int) -> int | None:
+    """A number of rows from a number, or from a share of `rows` such as "1.5%"; None if `capacity` is neither.
 
-    Raises ValueError, whose message starts with `asked`, for anything else.
+    >>> rows_of("1.5%", 1000), rows_of(20, 1000), rows_of("many", 1000)
+    (15, 20, None)
     """
-    try:
-        if isinstance(slots, str) and slots.endswith("%"):
-            share = float(slots[:-1])
-            if not 0 < share <= 100:
-                raise ValueError
-            return min(math.ceil(rows * share / 100), rows)
-        if isinstance(slots, int | np.integer) and not isinstance(slots, bool) and slots >= 1:
-            return min(int(slots), rows)
-        raise ValueError
-    except ValueError:
-        raise ValueError(f'{asked}: slots must be a positive number of rows or a share such as "1.5%"') from None
+    if isinstance(capacity, str) and capacity.endswith("%"):
+        try:
+            share = float(capacity[:-1])
+        except ValueError:
+            return None
+        return math.ceil(rows * share / 100) if 0 < share <= 100 else None
+    whole = isinstance(capacity, int | np.integer) and not isinstance(capacity, bool) and capacity >= 1
+    return int(capacity) if whole else None
+
+
+def _parse_slots(slots: Any, rows: int, asked: str) -> int:
+    found = rows_of(slots, rows)
+    if found is None:
+        raise ValueError(f'{asked}: slots must be a positive number of rows or a share such as "1.5%"')
+    return min(found, rows)
 
 
 def _parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str) -> tuple[int, ...]:
@@ -163,7 +168,7 @@ def _parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str
         found[group_of[name]] = name
     if missing := [group.name for number, group in enumerate(groups) if number not in found]:
         raise ValueError(f"{asked} has no slots for the group of table {missing[0]!r}: name one table of each group")
-    numbers = tuple(parse_slots(slots[found[number]], group.rows, asked) for number, group in enumerate(groups))
+    numbers = tuple(_parse_slots(slots[found[number]], group.rows, asked) for number, group in enumerate(groups))
     if max(numbers) > _MOST_SLOTS:
         raise ValueError(f"{asked} asks for {max(numbers):,} slots: a cache holds fewer than 2**31 - 1")
     return numbers

@@ -151,6 +151,10 @@ class Features:
                     f"feature {name!r} looks up table {feature.table!r}: the store has {', '.join(self._places)}"
                 )
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a feature of that name, or a table."""
+        return name in self._features or name in self._places
+
     def read(self, name: str, value: Any) -> FeatureIds:
         """Checks what a batch holds for a feature: an integer array `[B, ...]`, or `Bags`.
 
@@ -159,7 +163,7 @@ class Features:
             TypeError, ValueError: for ids that are no integers or out of range, offsets that do not add up, weights
                 of another shape than the ids, and bags without a combiner.
         """
-        if name not in self._features and name not in self._places:
+        if name not in self:
             known = [*self._features, *(table for table in self._places if table not in self._features)]
             raise KeyError(f"no feature or table named {name!r}: there are {', '.join(known)}")
         feature = self._features.get(name) or Feature(name)
