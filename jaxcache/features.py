@@ -173,7 +173,9 @@ class Features:
         array = _as_array(name, bags.ids)
         ids, present, ignored = _present(array, name, feature, table)
         if array.ndim == 0:
-            raise ValueError(f"every feature needs ids for each sample, [B, ...]; those of {name!r} are a single number")
+            raise ValueError(
+                f"every feature needs ids for each sample, [B, ...]; those of {name!r} are a single number"
+            )
         number, bag_of = None, None
         if bags.offsets is not None:
             number, bag_of = _read_offsets(name, array, bags.offsets)
@@ -195,9 +197,7 @@ def _as_array(name: str, ids: Any) -> np.ndarray:
         raise ValueError(f"the ids of feature {name!r} are no array: {error}") from error
 
 
-def _present(
-    array: np.ndarray, name: str, feature: Feature, table: Table
-) -> tuple[np.ndarray, np.ndarray | None, int]:
+def _present(array: np.ndarray, name: str, feature: Feature, table: Table) -> tuple[np.ndarray, np.ndarray | None, int]:
     """The ids that look up a row, which ones they are (None if all), and how many were out of range."""
     rows = int(table.rows)
     ids = widen_ids(array, name).reshape(-1)
@@ -237,8 +237,8 @@ def _read_offsets(name: str, ids: np.ndarray, offsets: Any) -> tuple[int, np.nda
             else f"end at {offsets[-1]}, and there are {len(ids)} ids"
         )
         raise ValueError(
-            f"the offsets of feature {name!r} {problem}: bag b is ids[offsets[b]:offsets[b + 1]], so they must rise from "
-            "0 to the number of ids"
+            f"the offsets of feature {name!r} {problem}: bag b is ids[offsets[b]:offsets[b + 1]], so they must rise "
+            "from 0 to the number of ids"
         )
     return len(lengths), np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 

@@ -692,9 +692,7 @@ class LookAhead:
         finally:
             if self._left:
                 self._store.close(self)
-        groups = tuple(
-            dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups
-        )
+        groups = tuple(dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups)
         return dataclasses.replace(cache, groups=groups)
 
     def _write_again(self) -> None:
