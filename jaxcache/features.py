@@ -201,18 +201,16 @@ def _present(array: np.ndarray, name: str, feature: Feature, table: Table) -> tu
     """The ids that look up a row, which ones they are (None if all), and how many were out of range."""
     rows = int(table.rows)
     ids = widen_ids(array, name).reshape(-1)
-    left_out = out_of_range(ids, rows)
-    wrong = left_out
-    if feature.padding is not None:
+    left_out = wrong = out_of_range(ids, rows)
+    # An unsigned id of 2**63 or more looks negative here, and is no padding.
+    if feature.padding is not None and (feature.padding >= 0 or array.dtype != np.uint64):
         padding = ids == feature.padding
-        if feature.padding < 0 and np.issubdtype(array.dtype, np.unsignedinteger):
-            padding[:] = False  # ids of 2**63 or more look negative here
         left_out, wrong = left_out | padding, left_out & ~padding
+    if not left_out.any():
+        return ids, None, 0
     ignored = int(np.count_nonzero(wrong))
     if ignored and table.out_of_range == "error":
         raise id_error(array, int(np.argmax(wrong)), name, rows)
-    if not left_out.any():
-        return ids, None, 0
     present = ~left_out
     return ids[present], present, ignored
 

@@ -188,7 +188,7 @@ class LookAhead:
 
     Args:
         store: the tables. It serves one open pipeline at a time.
-        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 6
+        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 8
             more are held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those
             that were drawn and not trained when the loop is left are dropped.
         ids: maps a batch to its ids: a mapping of feature names to integer arrays `[B, ...]`, or to `Bags` of them,

@@ -818,8 +818,8 @@ class LookAheadPlanner:
         if unique > self._slots:
             raise TooFewSlots(
                 f"batch {self._planned} needs {unique:,} slots for its unique rows of {', '.join(self._names)} and the "
-                f"cache has {self._slots:,}: use LookAhead(slots={unique}) or more, or where tables are of several groups "
-                f"slots={{{self._names[0]!r}: {unique}, ...}}, or smaller batches"
+                f"cache has {self._slots:,}: use LookAhead(slots={unique}) or more, or where tables are of several "
+                f"groups slots={{{self._names[0]!r}: {unique}, ...}}, or smaller batches"
             )
         first_use = self._first_use()
         if len(self._victims) > self._memory:
