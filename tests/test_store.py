@@ -219,6 +219,16 @@ def test_what_is_no_table_is_refused_before_anything_else():
         jc.HostStore({"a": 10})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"), [(0.1, TypeError), (optax.clip_by_global_norm(1.0), ValueError)], ids=["number", "mixing"]
+)
+def test_the_tables_of_an_optimizer_that_is_refused_are_named(wrong, error):
+    tables = {"a": jc.Table(9, 3, frozen=True), "b": jc.Table(9, 2, optimizer=wrong), "c": jc.Table(9, 2)}
+    with pytest.raises(error) as raised:
+        jc.HostStore(tables | {"d": tables["b"]}, optax.sgd(0.1))
+    assert raised.value.__notes__ == ["This is the optimizer of 'b', 'd'."]
+
+
 def test_the_optimizer_of_a_group_knows_its_format(monkeypatch):
     """What RowOptimizer is built with, which test_optimizers.py tests."""
     calls = []
