@@ -722,3 +722,23 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(optimizers, monkeypatch, tm
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["item.npy"]
     store.save("item", path)
     np.testing.assert_array_equal(np.load(path), some_weights())
+
+
+# Locks
+
+
+def test_a_read_or_write_waits_for_the_one_under_way_in_its_group_and_for_no_other(optimizers):
+    store = fresh_store(optimizers)
+    item, city = store.groups[0], store.groups[1]
+    keys, rows = keys_of(store, [("item", 3)]), stacked([row_of("item", 1)])
+    for access in (lambda: item.read(keys), lambda: item.write(keys, rows)):
+        thread = threading.Thread(target=access)
+        with item._lock:
+            thread.start()
+            other = threading.Thread(target=city.read, args=(keys_of(store, [("city", 3)]),))
+            other.start()
+            other.join(30)
+            thread.join(0.05)
+            assert thread.is_alive() and not other.is_alive()
+        thread.join()
+    assert_same(item.read(keys), rows)
