@@ -732,13 +732,14 @@ def test_a_read_or_write_waits_for_the_one_under_way_in_its_group_and_for_no_oth
     item, city = store.groups[0], store.groups[1]
     keys, rows = keys_of(store, [("item", 3)]), stacked([row_of("item", 1)])
     for access in (lambda: item.read(keys), lambda: item.write(keys, rows)):
+        access()  # what there is to compile is compiled
         thread = threading.Thread(target=access)
         with item._lock:
             thread.start()
             other = threading.Thread(target=city.read, args=(keys_of(store, [("city", 3)]),))
             other.start()
             other.join(30)
-            thread.join(0.05)
+            thread.join(0.1)
             assert thread.is_alive() and not other.is_alive()
         thread.join()
     assert_same(item.read(keys), rows)
