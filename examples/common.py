@@ -183,3 +183,10 @@ def number_or_share(text: str) -> int | str:
     if float(text[:-1]) > 100:
         raise argparse.ArgumentTypeError(f"expected a share of at most 100%, got {text!r}")
     return text
+
+
+def number_of_bytes(text: str) -> int | str:
+    """Read --device-bytes: a number of bytes, or a size such as 4GiB."""
+    if not re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+([kMGT]i?)?B", text) or not float(re.match(r"[0-9.]*", text)[0]) > 0:
+        raise argparse.ArgumentTypeError(f"expected bytes or a size such as 4GiB, got {text!r}")
+    return int(text) if text.isdecimal() else text

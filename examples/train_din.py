@@ -26,6 +26,7 @@ from common import (
     Progress,
     Steps,
     evaluate,
+    number_of_bytes,
     number_or_share,
     positive_integer,
     seed_number,
@@ -56,7 +57,7 @@ FEATURES = {
 
 def make_log(rows: int, seed: int) -> SequenceLog:
     """Return a log whose users, items and categories are `rows` in all."""
-    categories = min(200, rows // 50)
+    categories = max(min(200, rows // 50), 1)
     items = (rows - categories) * 2 // 5
     return SequenceLog(rows - categories - items, items, categories, seed=seed)
 
@@ -155,7 +156,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="1.5%",
         help="rows on the device, as a number or a share (%(default)s)",
     )
-    slots.add_argument("--device-bytes", metavar="BYTES", help="memory of the device for rows, such as 4MiB")
+    slots.add_argument(
+        "--device-bytes",
+        type=number_of_bytes,
+        metavar="BYTES",
+        help="memory of the device for the cache, as a number or a size such as 4MiB",
+    )
     add("--batch-size", type=positive_integer, default=1024, help="samples a step (%(default)s)")
     add("--steps", type=positive_integer, default=STEPS, help="batches to train on (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of log, rows and model (%(default)s)")
@@ -170,9 +176,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.summary and not arguments.summary.parent.is_dir():
         parser.error(f"argument --summary: no folder {arguments.summary.parent}")
     try:
-        summary = run(arguments, make_log(arguments.rows, arguments.seed))
+        log = make_log(arguments.rows, arguments.seed)
+    except ValueError as error:
+        parser.error(f"argument --rows: {error}")
+    try:
+        summary = run(arguments, log)
     except jc.TooFewSlots as error:
-        parser.error(f"argument --slots: {error}")
+        parser.error(f"argument --{'device-bytes' if arguments.device_bytes else 'slots'}: {error}")
     if arguments.summary:
         write_summary(arguments.summary, summary)
     return summary
