@@ -50,7 +50,7 @@ TARGET_INTERESTED = 0.5  # and of the items on offer
 USER_EXPONENT = 0.8  # of the power laws by which users come, and items of a category are clicked
 ITEM_EXPONENT = 1.2
 AFFINITY_WEIGHT = 2.0
-QUALITY_WEIGHT = 0.5
+QUALITY_WEIGHT = 0.2
 
 
 def scaled_cardinalities(total_rows: int, cardinalities: Sequence[int] = KAGGLE_CARDINALITIES) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ FEATURES = {
 
 def make_log(rows: int, seed: int) -> SequenceLog:
     """Return a log whose users, items and categories are `rows` in all."""
-    categories = max(min(200, rows // 50), 1)
+    categories = max(min(200, rows // 200), 1)
     items = (rows - categories) * 2 // 5
     return SequenceLog(rows - categories - items, items, categories, seed=seed)
 
@@ -86,7 +86,7 @@ def make_steps(model: DIN) -> tuple[DenseState, Steps]:
     those given, and the mean loss []. `predict(cache, plan, state, history)` returns logits [B].
     """
     definition, parameters = nnx.split(model)
-    optimizer = optax.adam(1e-3)
+    optimizer = optax.adam(3e-3)
 
     def logits_of(parameters: nnx.State, rows: dict[str, jax.Array], history: jax.Array) -> jax.Array:
         return nnx.merge(definition, parameters)(rows, history >= 0)
@@ -119,7 +119,7 @@ def make_steps(model: DIN) -> tuple[DenseState, Steps]:
 
 def run(arguments: argparse.Namespace, log: SequenceLog) -> dict[str, Any]:
     """Train and test, print the figures, and return them as `--summary` writes them."""
-    store = jc.HostStore(make_tables(log), optimizer=jc.rowwise_adagrad(0.05), seed=arguments.seed)
+    store = jc.HostStore(make_tables(log), optimizer=jc.rowwise_adagrad(0.1), seed=arguments.seed)
     state, steps = make_steps(DIN(ITEM_DIM, CATEGORY_DIM, USER_DIM, rngs=nnx.Rngs(arguments.seed)))
     train = log.batches(arguments.batch_size, arguments.steps)
     capacity = {"device_bytes": arguments.device_bytes} if arguments.device_bytes else {"slots": arguments.slots}

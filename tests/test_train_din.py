@@ -9,7 +9,7 @@ import pytest
 
 import train_din
 
-SMALL = ["--rows", "4000", "--batch-size", "64", "--steps", "150"]
+SMALL = ["--rows", "6000", "--batch-size", "128", "--steps", "150"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,28 +26,28 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cached(path, promotions_as_a_user_has_them):
-    return train_din.main([*SMALL, "--slots", "40%", "--summary", str(path)])
+    return train_din.main([*SMALL, "--slots", "20%", "--summary", str(path)])
 
 
 def test_a_small_run_learns_and_writes_its_summary(cached, path):
     assert json.loads(path.read_text()) == cached
     assert cached["steps"] == 150 and 0 < cached["hit_rate"] < 1
-    # Chance is 0.5. The histories tell what a user likes, and little else does.
-    assert 0.65 < cached["auc"] < cached["ceiling"]
+    # Chance is 0.5, and who is blind to the histories gets 0.64, from users and items that come often.
+    assert 0.67 < cached["auc"] < cached["ceiling"]
 
 
 def test_everything_resident_gives_the_same_to_the_last_digit(cached, capsys):
     resident = train_din.main([*SMALL, "--slots", "100%"])
     assert (cached["loss"], cached["auc"]) == (resident["loss"], resident["auc"])
-    assert cached["rows_written_back"] > 0 == resident["rows_fetched"] and cached["slots"] == 1600
+    assert cached["rows_written_back"] > 0 == resident["rows_fetched"] and cached["slots"] == 1200
     printed = capsys.readouterr().out
     for text in (
         "test AUC",
         "ceiling",
         "bytes on the device",
         "bounds the run",
-        "user: 2,352 slots",
-        "item: 1,568 slots",
+        "user: 3,582 slots",
+        "item: 2,388 slots",
     ):
         assert text in printed
 
@@ -57,6 +57,7 @@ def test_tables_share_and_differ_as_the_example_says():
     assert sum(table.rows for table in tables.values()) == 1_000_000
     assert {feature.table for feature in train_din.FEATURES.values()} == set(tables)
     assert len({table.dim for table in tables.values()}) == 3
+    assert [name for name, table in tables.items() if table.rounding == "stochastic"] == ["user"]
 
 
 @pytest.mark.parametrize(
