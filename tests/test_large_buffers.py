@@ -1,4 +1,4 @@
-"""More than 2**31 elements in one buffer: a run on int8 rows, and the programs of the largest buffers that there can be."""
+"""More than 2**31 elements in one buffer: a run on int8 rows, and the programs of the largest buffers there can be."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import jaxcache as jc
 from jaxcache import kernels
+from jaxcache.features import FeatureLayout
+from jaxcache.state import Counters, GroupExchange, GroupPlan, exchange_group
 
 # A run
 
@@ -58,7 +62,9 @@ def test_rows_beyond_element_2_to_the_31_are_exchanged_updated_and_gathered(buff
     check_contents(buffer[0], places, rows)
 
     inverse = np.array([1, 0, 3, 9, 1, 10, 4, 7], np.int32)  # 3 leads to padding, 10 is padding
-    expected = rows[np.minimum(inverse, 9)] * (places[np.minimum(inverse, 9)] < SLOTS)[:, None] * (inverse < 10)[:, None]
+    expected = (
+        rows[np.minimum(inverse, 9)] * (places[np.minimum(inverse, 9)] < SLOTS)[:, None] * (inverse < 10)[:, None]
+    )
     np.testing.assert_array_equal(jax.jit(kernels.gather)(buffer[0], places, inverse), expected)
     np.testing.assert_array_equal(jax.jit(kernels.read)(buffer[0], places), rows * (places < SLOTS)[:, None])
 
@@ -136,3 +142,50 @@ def test_kernels_address_rows_of_the_largest_buffers():
 def test_what_would_be_wrong_is_found(leaf, wrong):
     with pytest.raises(AssertionError):
         check_index_arithmetic(wrong, BUFFER[leaf], PLACES, donate=False)
+
+
+# Lookup, update and exchange of a cache of such groups
+
+SAMPLES, LENGTH = 4, 3
+
+
+def abstract_cache() -> tuple[jc.CacheState, jc.HostStore]:
+    """As many slots as there can be, in groups with an optimizer, with stochastic rounding, and frozen."""
+    tables = {
+        "item": jc.Table(2**40, 128),
+        "word": jc.Table(2**40, 16, dtype=jnp.bfloat16, rounding="stochastic"),
+        "city": jc.Table(2**40, 8, dtype=jnp.float16, frozen=True),
+    }
+    store = jc.HostStore(tables, optimizer=optax.adam(0.1))
+    return jax.eval_shape(lambda: jc.init(store, [LARGEST] * len(tables))), store
+
+
+def abstract_plan(cache: jc.CacheState) -> jc.Plan:
+    """A history that is pooled, ragged bags with weights, and a frozen id."""
+    integer, layouts = shape((), jnp.int32), (
+        FeatureLayout("history", 0, "mean", (SAMPLES, LENGTH)),
+        FeatureLayout("words", 1, "sum", (LOOKUPS,), bags=SAMPLES, weighted=True),
+        FeatureLayout("city", 2, None, (SAMPLES,)),
+    )  # fmt: skip
+    groups = tuple(GroupPlan(PLACES, shape((layout.lookups,), jnp.int32), PLACES) for layout in layouts)
+    return jc.Plan(
+        groups, {"words": shape((LOOKUPS,))}, {"words": shape((LOOKUPS,), jnp.int32)}, integer, integer, layouts
+    )
+
+
+def test_a_step_addresses_rows_of_the_largest_caches():
+    cache, _ = abstract_cache()
+
+    def step(cache, plan):
+        return jc.update(cache, plan, jax.tree.map(jnp.tanh, jc.lookup(cache, plan)))
+
+    check_index_arithmetic(step, cache, abstract_plan(cache))
+
+
+def test_an_exchange_addresses_rows_of_the_largest_caches():
+    cache, _ = abstract_cache()
+    counters = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), Counters.of(cache))
+    for state in cache.groups:
+        rows = jax.tree.map(lambda leaf: shape((UNIQUE, *leaf.shape[1:]), leaf.dtype), state.buffer)
+        incoming = GroupExchange(PLACES, shape((UNIQUE, 3), jnp.int32), rows)
+        check_index_arithmetic(exchange_group, state, counters, incoming, shape((), jnp.int32))
