@@ -2,21 +2,27 @@
 
 from jaxcache.check import check
 from jaxcache.counts import count_ids, hottest_rows
+from jaxcache.features import Bags, Feature
 from jaxcache.optimizers import RowOptimizer, Rows, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
 from jaxcache.policies import Policy, frequency, lfu, lookahead, lru, no_cache, scratchpipe, static
-from jaxcache.report import Report, Stage
+from jaxcache.report import GroupReport, Report, Stage
 from jaxcache.schedule import HotReport, hot_batches
-from jaxcache.state import CacheState, Plan, init, lookup, update
-from jaxcache.store import HostStore
+from jaxcache.state import CacheState, GroupCache, GroupPlan, Plan, init, lookup, update
+from jaxcache.store import HostStore, RowStore
 from jaxcache.tables import Group, Initializer, Table, normal, uniform
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bags",
     "CacheState",
+    "Feature",
     "Group",
+    "GroupCache",
+    "GroupPlan",
+    "GroupReport",
     "HostStore",
     "HotReport",
     "Initializer",
@@ -25,6 +31,7 @@ __all__ = [
     "Policy",
     "Report",
     "RowOptimizer",
+    "RowStore",
     "Rows",
     "Stage",
     "Table",

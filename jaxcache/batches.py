@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,12 @@ import jax
 import numba
 import numpy as np
 
+from jaxcache.features import FeatureIds, FeatureLayout, Features
 from jaxcache.index import mix
-from jaxcache.state import Plan
-from jaxcache.tables import Group, check_ids
+from jaxcache.state import GroupPlan, Plan
+from jaxcache.tables import Group
+
+_NO_IDS = np.zeros(0, np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -40,16 +43,51 @@ def fingerprint(leaves: list[np.ndarray]) -> int:
 
 
 @dataclass(frozen=True)
+class Lookups:
+    """The lookups of a batch in the tables of one group; V of its L ids look up a row.
+
+    Attributes:
+        ids: those that do, valid, one feature after the other, `int64[V]`; none once they were observed.
+        starts: where each of the F features starts in `ids`, and the end, `int64[F + 1]`.
+        tables: position of each feature's table, `int64[F]`.
+        places: where each of `ids` is among the L, `int64[V]`; None if all look up a row.
+        size: L.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    tables: np.ndarray
+    places: np.ndarray | None
+    size: int
+
+    @classmethod
+    def join(cls, parts: Sequence[FeatureIds]) -> Lookups:
+        """The lookups of the features of one group."""
+        starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+        size = sum(part.layout.lookups for part in parts)
+        places = None
+        if any(part.present is not None for part in parts):
+            present = [np.ones(len(part.ids), bool) if part.present is None else part.present for part in parts]
+            places = np.flatnonzero(np.concatenate(present))
+        ids = np.concatenate([_NO_IDS, *(part.ids for part in parts)]) if len(parts) != 1 else parts[0].ids
+        return cls(ids, starts, np.array([part.table for part in parts], np.int64), places, size)
+
+    def keys(self, group: Group) -> np.ndarray:
+        """The key of each of `ids` in `group`, `int64[V]`."""
+        return (self.ids.view(np.uint64) + np.repeat(group.bases[self.tables], np.diff(self.starts))).view(np.int64)
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch with its ids.
 
     Attributes:
         content: what the loader yielded.
-        features: names in order.
-        shapes: shape of each feature's ids, `(samples, ...)`.
-        ids: valid ids, one feature after the other, `int64[L]`; none once they were observed.
-        starts: where each feature starts in `ids`, and the end, `int64[F + 1]`.
-        tables: position of each feature's table, `int64[F]`.
+        features: their layouts, in order.
+        lookups: of each group.
+        weights: of the ids of the features that have them, by name, `float32[L]`.
+        bags: the bag of each id of the features whose bags are ragged, by name, `int32[L]`.
+        ignored: ids that were out of range and left out, by feature, where there are any.
         samples: length of the first axis.
         held: NumPy arrays of the batch and its ids, held by reference.
         fingerprint: of `held`, as drawn.
@@ -57,11 +95,11 @@ class Batch:
     """
 
     content: Any
-    features: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    ids: np.ndarray
-    starts: np.ndarray
-    tables: np.ndarray
+    features: tuple[FeatureLayout, ...]
+    lookups: tuple[Lookups, ...]
+    weights: Mapping[str, np.ndarray]
+    bags: Mapping[str, np.ndarray]
+    ignored: Mapping[str, int]
     samples: int
     held: list[np.ndarray]
     fingerprint: int
@@ -69,56 +107,50 @@ class Batch:
 
     @classmethod
     def read(
-        cls, content: Any, ids: Callable[[Any], Mapping[str, Any]], group: Group, copy: bool = False, hold: bool = True
+        cls,
+        content: Any,
+        ids: Callable[[Any], Mapping[str, Any]],
+        features: Features,
+        copy: bool = False,
+        hold: bool = True,
     ) -> Batch:
         """Takes the ids out of a batch and checks them. With `hold`, notes what the arrays of the batch hold.
 
         Raises:
-            TypeError, ValueError, KeyError: for ids that are no mapping of features to integer arrays, for unknown
-                features, ids out of range, scalars, or features of different lengths.
+            TypeError, ValueError, KeyError: for ids that are no mapping of features to what `Features.read` takes, or
+                features of different lengths.
         """
         if copy:
             content = _copied(content)
         mapping = ids(content)
         if not isinstance(mapping, Mapping) or not mapping:
             raise TypeError(f"ids(batch) must return a mapping of feature names to ids, got {type(mapping).__name__}")
-        tables = [group.index(name) for name in mapping]
-        arrays = {name: _as_array(name, value) for name, value in mapping.items()}
-        checked = [
-            check_ids(array, name, int(group.tables[table].rows))
-            for (name, array), table in zip(arrays.items(), tables, strict=True)
-        ]
-        lengths = {name: array.shape[0] if array.ndim else None for name, array in arrays.items()}
-        if None in lengths.values() or len(set(lengths.values())) > 1:
+        parts = [features.read(name, value) for name, value in mapping.items()]
+        lengths = {part.layout.name: part.layout.samples for part in parts}
+        if len(set(lengths.values())) > 1:
             raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
-        leaves = {id(leaf): leaf for leaf in [*jax.tree.leaves(content), *mapping.values()]}.values() if hold else []
+        drawn = [*jax.tree.leaves(content), *jax.tree.leaves(list(mapping.values()))] if hold else []
+        leaves = {id(leaf): leaf for leaf in drawn}.values()
         held = [leaf for leaf in leaves if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject]
-        starts = np.cumsum([0, *(array.size for array in checked)])
         return cls(
             content=content,
-            features=tuple(arrays),
-            shapes=tuple(array.shape for array in arrays.values()),
-            ids=np.concatenate([array.reshape(-1) for array in checked]),
-            starts=starts,
-            tables=np.array(tables),
-            samples=next(iter(arrays.values())).shape[0],
+            features=tuple(part.layout for part in parts),
+            lookups=tuple(
+                Lookups.join([part for part in parts if part.layout.group == group])
+                for group in range(len(features.groups))
+            ),
+            weights={part.layout.name: part.weights for part in parts if part.weights is not None},
+            bags={part.layout.name: part.bags for part in parts if part.bags is not None},
+            ignored={part.layout.name: part.ignored for part in parts if part.ignored},
+            samples=parts[0].layout.samples,
             held=held,
             fingerprint=fingerprint(held),
-            nbytes=sum(getattr(leaf, "nbytes", 0) for leaf in leaves) + 4 * int(starts[-1]),
+            nbytes=sum(getattr(leaf, "nbytes", 0) for leaf in leaves) + 4 * sum(p.layout.lookups for p in parts),
         )
-
-    @property
-    def lookups(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a planner observes: `ids`, `starts` and `tables`."""
-        return self.ids, self.starts, self.tables
-
-    def keys(self, group: Group) -> np.ndarray:
-        """The key of each lookup in `group`, `int64[L]`."""
-        return (self.ids.view(np.uint64) + np.repeat(group.bases[self.tables], np.diff(self.starts))).view(np.int64)
 
     def observed(self) -> Batch:
         """The batch without its ids."""
-        return replace(self, ids=self.ids[:0].copy())
+        return replace(self, lookups=tuple(replace(part, ids=_NO_IDS) for part in self.lookups))
 
     def check_unchanged(self, number: int) -> None:
         """Raises RuntimeError if something wrote into the batch since it was drawn."""
@@ -140,90 +172,111 @@ def _copied(content: Any) -> Any:
     return jax.tree.map(copied, content, is_leaf=lambda node: type(node) is dict)
 
 
-def _as_array(feature: str, ids: Any) -> np.ndarray:
-    try:
-        return np.asarray(ids)
-    except ValueError as error:
-        raise ValueError(f"the ids of feature {feature!r} are no array: {error}") from error
-
-
 class Shapes:
-    """What a compiled step may rely on: the full shape of a batch and a bound on its unique rows.
+    """What a compiled step may rely on: the full shape of a batch and a bound on its unique rows of each group.
 
-    Both only grow, so that the step is compiled anew a few times at most; the bound starts an eighth above the first
-    batch's unique rows, rounded up coarsely so that another run over like batches finds its step compiled, and doubles.
+    They only grow, so that the step is compiled anew a few times at most; a bound starts an eighth above the first
+    batch's number, rounded up coarsely so that another run over like batches finds its step compiled, and doubles. Ids
+    in ragged bags have such a bound as well.
+
+    Args:
+        slots: of each group; what pads the slots of unique rows.
 
     Attributes:
-        unique_bound: the bound U.
-        growths: how often shape or bound grew after the first batch.
+        unique_bounds: the bound U of each group.
+        growths: how often a shape or a bound grew after the first batch.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: Sequence[int]):
         self._slots = slots
-        self._features: tuple[str, ...] | None = None
-        self._full: tuple[tuple[int, ...], ...] = ()
+        self._full: tuple[FeatureLayout, ...] = ()
         self._per_sample: list[bool] = []
-        self.unique_bound = 0
+        self.unique_bounds: tuple[int, ...] = ()
         self.growths = 0
 
-    def fit(self, batch: Batch, unique: int) -> None:
-        """Grows to hold a batch. Raises ValueError if it has other features or other shapes a sample."""
-        if self._features is None:
-            self._features, self._full = batch.features, batch.shapes
-            grain = max(128, 1 << max(unique.bit_length() - 4, 0))
-            roomy = -(-(unique + unique // 8) // grain) * grain
-            self.unique_bound = max(1, unique, min(roomy, self._lookups))
-        elif batch.features != self._features or any(
-            shape[1:] != full[1:] for shape, full in zip(batch.shapes, self._full, strict=True)
-        ):
+    def fit(self, batch: Batch, unique: Sequence[int]) -> None:
+        """Grows to hold a batch with so many unique rows of each group.
+
+        Raises:
+            ValueError: if it has other features, or other shapes a sample, than the batches before.
+        """
+        first, before = not self._full, (self._full, self.unique_bounds)
+        if not first and [_per_sample(part) for part in batch.features] != [_per_sample(part) for part in self._full]:
             raise ValueError(
-                "every batch needs the same features in the same order, with the same number of ids a sample: "
-                f"expected {self._features} with shapes like {self._full}, got {batch.features} with {batch.shapes}"
+                "every batch needs the same features in the same order, with the same number of ids a sample, and the "
+                "same ones weighted or ragged: expected features like "
+                f"{_described(self._full)}, got {_described(batch.features)}"
             )
-        samples, bound = self._samples, self.unique_bound
-        if batch.samples > samples:
-            self._full = batch.shapes
-        while bound < unique:
-            bound *= 2
-        bound = max(1, unique, min(bound, self._lookups))
-        self.growths += batch.samples > samples or bound > self.unique_bound
-        self.unique_bound = max(bound, self.unique_bound)
+        samples = max(batch.samples, 0 if first else self._samples)
+        full = []
+        for place, part in enumerate(batch.features):
+            if part.bags is None:
+                full.append(part._replace(shape=(samples, *part.shape[1:])))
+            else:
+                ids = part.shape[0]
+                bound = _roomy(ids) if first else _doubled(self._full[place].shape[0], ids)
+                full.append(part._replace(shape=(max(1, bound),), bags=samples))
+        self._full = tuple(full)
+        lookups = [0] * len(unique)
+        for part in full:
+            lookups[part.group] += part.lookups
+        bounds = list(map(_roomy, unique)) if first else list(map(_doubled, self.unique_bounds, unique))
+        # No more rows than lookups.
+        self.unique_bounds = tuple(
+            max(1, number, min(bound, most)) for bound, number, most in zip(bounds, unique, lookups, strict=True)
+        )
+        if not first:
+            self.unique_bounds = tuple(map(max, self.unique_bounds, before[1]))
+            self.growths += before != (self._full, self.unique_bounds)
         if batch.samples == self._samples:
             self._per_sample = [_length(leaf) == batch.samples for leaf in jax.tree.leaves(batch.content)]
 
     @property
     def _samples(self) -> int:
-        return self._full[0][0]
+        return self._full[0].samples
 
-    @property
-    def _lookups(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self._full)
+    def plan(self, batch: Batch, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], step: int) -> Plan:
+        """The `Plan` of a batch, padded, as NumPy arrays.
 
-    def plan(
-        self, batch: Batch, inverse: np.ndarray, occurrences: np.ndarray, unique_slots: np.ndarray, step: int
-    ) -> Plan:
-        """The `Plan` of a batch, padded, as NumPy arrays. Arguments as in `planner.PlannedBatch`."""
-        bound = self.unique_bound
+        Args:
+            batch: that was fitted.
+            rows: of each group the `inverse` and `occurrences` of `planner.Observed`, and the `unique_slots` of
+                `planner.PlannedBatch`.
+            step: the batch's number.
+        """
+        groups = []
+        for group, ((inverse, occurrences, unique_slots), lookups) in enumerate(zip(rows, batch.lookups, strict=True)):
+            bound = self.unique_bounds[group]
+            if lookups.places is not None:
+                some, inverse = inverse, np.full(lookups.size, bound, np.int32)
+                inverse[lookups.places] = some
+            groups.append(
+                GroupPlan(
+                    unique_slots=padded(unique_slots, bound, self._slots[group]),
+                    inverse=self._pad_lookups(batch, group, inverse, bound),
+                    occurrences=padded(occurrences, bound, 0),
+                )
+            )
+        samples = self._samples
+        full = {part.name: part for part in self._full}
         return Plan(
-            unique_slots=padded(unique_slots, bound, self._slots),
-            inverse=self._pad_lookups(batch, inverse, bound),
-            occurrences=padded(occurrences, bound, 0),
+            groups=tuple(groups),
+            weights={name: _pad_ids(array, batch, full[name], 0.0) for name, array in batch.weights.items()},
+            bags={name: _pad_ids(array, batch, full[name], samples) for name, array in batch.bags.items()},
             step=np.array(step, np.int32),
             samples=np.array(batch.samples, np.int32),
-            shapes=tuple(zip(batch.features, self._full, strict=True)),
+            features=self._full,
         )
 
-    def _pad_lookups(self, batch: Batch, inverse: np.ndarray, filler: int) -> np.ndarray:
-        if batch.shapes == self._full:
+    def _pad_lookups(self, batch: Batch, group: int, inverse: np.ndarray, filler: int) -> np.ndarray:
+        if batch.features == self._full:
             return inverse
-        out = np.full(self._lookups, filler, np.int32)
-        start_in = start_out = 0
-        for shape, full in zip(batch.shapes, self._full, strict=True):
-            count, full_count = int(np.prod(shape)), int(np.prod(full))
-            region = out[start_out : start_out + full_count].reshape(full)
-            region[tuple(map(slice, shape))] = inverse[start_in : start_in + count].reshape(shape)
-            start_in, start_out = start_in + count, start_out + full_count
-        return out
+        parts, start = [np.zeros(0, np.int32)], 0
+        for part, full in zip(batch.features, self._full, strict=True):
+            if part.group == group:
+                parts.append(_pad(inverse[start : start + part.lookups], part.shape, full.shape, filler))
+                start += part.lookups
+        return np.concatenate(parts)
 
     def pad(self, batch: Batch) -> Any:
         """The content of a batch; a short one gets zeros up to the full number of samples.
@@ -245,6 +298,46 @@ class Shapes:
         if isinstance(leaf, jax.Array):  # as it was placed, or the step would be compiled anew
             return jax.device_put(wide, leaf.sharding) if leaf.committed else jax.device_put(wide)
         return wide
+
+
+def _per_sample(part: FeatureLayout) -> FeatureLayout:
+    """The layout without what may differ between batches: the number of samples, and of ids in ragged bags."""
+    return part._replace(shape=part.shape[1:], bags=None if part.bags is None else 0)
+
+
+def _described(features: Sequence[FeatureLayout]) -> str:
+    def kind(part: FeatureLayout) -> str:
+        return f"{list(part.shape)}" + " ragged" * (part.bags is not None) + " weighted" * part.weighted
+
+    return ", ".join(f"{part.name} {kind(part)}" for part in features)
+
+
+def _roomy(number: int) -> int:
+    """A bound an eighth above `number`, rounded up coarsely."""
+    grain = max(128, 1 << max(number.bit_length() - 4, 0))
+    return -(-(number + number // 8) // grain) * grain
+
+
+def _doubled(bound: int, number: int) -> int:
+    """`bound`, doubled until it holds `number`."""
+    while bound < number:
+        bound *= 2
+    return bound
+
+
+def _pad_ids(array: np.ndarray, batch: Batch, full: FeatureLayout, filler: float) -> np.ndarray:
+    """What a feature has for each id, padded to the full shape, `[full.lookups]`."""
+    part = next(part for part in batch.features if part.name == full.name)
+    return _pad(array, part.shape, full.shape, filler)
+
+
+def _pad(flat: np.ndarray, shape: tuple[int, ...], full: tuple[int, ...], filler: float) -> np.ndarray:
+    """The array of `shape`, padded to the shape `full`; both flat."""
+    if shape == full:
+        return flat
+    out = np.full(full, filler, flat.dtype)
+    out[tuple(map(slice, shape))] = flat.reshape(shape)
+    return out.reshape(-1)
 
 
 def _length(leaf: Any) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 
-from jaxcache.state import CacheState, slot_keys
-from jaxcache.store import HostStore
+from jaxcache.state import CacheState, GroupCache, slot_keys
+from jaxcache.store import HostStore, RowStore
 
 
 def check(state: CacheState, store: HostStore) -> None:
@@ -26,47 +28,57 @@ def check(state: CacheState, store: HostStore) -> None:
         AssertionError: naming the invariant and the first slot that violates it.
     """
     found: CacheState = jax.tree.map(np.asarray, state)
+    _holds(found.fault == CacheState.NO_FAULT, f"no fault was met, but fault is {found.fault}")
+    _holds((found.exchanged - found.step >= 0) & (found.exchanged - found.step <= 1), "an update follows an exchange")
+    _holds(store.behind or found.step == store.step, "the store knows the step of the last flush")
+    _holds(len(state.groups) == len(store.groups), "state and store have one configuration")
+    for group, rows in zip(found.groups, store.groups, strict=True):
+        _check_group(group, rows, store.behind)
 
-    def holds(condition, what: str, slots: np.ndarray | None = None) -> None:
-        bad = np.flatnonzero(~np.atleast_1d(condition))
-        if len(bad):
-            place = bad if slots is None else slots[bad]
-            raise AssertionError(f"violated: {what}" + (f" (slot {place[0]}, {len(bad)} in all)" if len(place) else ""))
 
-    holds(state.group == store.group and state.optimizer == store.optimizer, "state and store have one configuration")
-    holds(found.fault == CacheState.NO_FAULT, f"no fault was met, but fault is {found.fault}")
-    holds((found.exchanged - found.step >= 0) & (found.exchanged - found.step <= 1), "an update follows an exchange")
+def _holds(condition, what: str, slots: np.ndarray | None = None) -> None:
+    bad = np.flatnonzero(~np.atleast_1d(condition))
+    if len(bad):
+        place = bad if slots is None else slots[bad]
+        raise AssertionError(f"violated: {what}" + (f" (slot {place[0]}, {len(bad)} in all)" if len(place) else ""))
 
+
+def _check_group(found: GroupCache, store: RowStore, behind: bool) -> None:
+    group = store.group
+    _holds(found.group == group and found.optimizer == store.optimizer, "state and store have one configuration")
     table = found.slot_table[:, 0]
-    free = table == CacheState.FREE
-    holds(free | ((table >= 0) & (table < len(store.group.tables))), "the slot table names known tables")
-    holds(free <= (found.slot_table == CacheState.FREE).all(axis=1), "a free slot names no row")
-    occupied, keys = slot_keys(store.group, found.slot_table)
-    position, ids = store.group.locate(keys)
-    rows = np.array([int(table.rows) for table in store.group.tables], np.uint64)
-    holds(position == table[occupied], "ids lie inside their table", occupied)
-    holds(ids.view(np.uint64) < rows[position], "ids lie inside their table", occupied)
+    free = table == GroupCache.FREE
+    _holds(free | ((table >= 0) & (table < len(group.tables))), "the slot table names known tables")
+    _holds(free <= (found.slot_table == GroupCache.FREE).all(axis=1), "a free slot names no row")
+    occupied, keys = slot_keys(group, found.slot_table)
+    position, ids = group.locate(keys)
+    rows = np.array([int(table.rows) for table in group.tables], np.uint64)
+    _holds(position == table[occupied], "ids lie inside their table", occupied)
+    _holds(ids.view(np.uint64) < rows[position], "ids lie inside their table", occupied)
     order = np.argsort(keys, kind="stable")
     twice = np.zeros(len(keys), bool)
     twice[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    holds(~twice, "no row sits in two slots", occupied)
+    _holds(~twice, "no row sits in two slots", occupied)
 
-    holds(found.counts >= 0, "counts are not negative")
-    holds(~free | (found.counts == 0), "a free slot has no lookups")
-    holds(~free | ~found.dirty, "a free slot is not dirty")
-    holds(~found.dirty | (found.counts > 0), "a dirty row was looked up")
+    _holds(found.counts >= 0, "counts are not negative")
+    _holds(~free | (found.counts == 0), "a free slot has no lookups")
+    _holds(~free | ~found.dirty, "a free slot is not dirty")
+    _holds(~found.dirty | (found.counts > 0), "a dirty row was looked up")
+    _holds(~found.dirty | (not group.frozen), "a frozen row is not dirty")
     for leaf in jax.tree.leaves(found.buffer):
-        holds(~free | ~leaf.reshape(len(leaf), -1).any(axis=1), "a free slot was never written")
+        _holds(~free | (_bytes(leaf) == 0).all(axis=1), "a free slot was never written")
 
     clean = ~found.dirty[occupied]
     home = store.read(keys[clean])
     for here, there in zip(jax.tree.leaves(found.buffer), jax.tree.leaves(home), strict=True):
-        # A last axis of one element, which becomes its bytes: a row of a leaf may be a single number.
-        one, other = (np.ascontiguousarray(leaf[..., np.newaxis]) for leaf in (here[occupied[clean]], there))
-        same = one.view(np.uint8) == other.view(np.uint8)
-        holds(same.all(axis=tuple(range(1, same.ndim))), "a clean row equals the store's bit for bit", occupied[clean])
-    if not store.behind:
-        holds(~found.dirty, "nothing is dirty after a flush")
-        holds(found.step == store.step, "the store knows the step of the last flush")
-        for here, there in zip(found.scalars, store.scalars, strict=True):
-            holds(here == there, "the store has the scalars of the last flush")
+        same = (_bytes(here[occupied[clean]]) == _bytes(there)).all(axis=1)
+        _holds(same, "a clean row equals the store's bit for bit", occupied[clean])
+    if not behind:
+        _holds(~found.dirty, "nothing is dirty after a flush")
+        for one, other in zip(found.scalars, store.scalars, strict=True):
+            _holds(one == other, "the store has the scalars of the last flush")
+
+
+def _bytes(leaf: np.ndarray) -> np.ndarray:
+    """The bytes of each row of a leaf, `uint8[N, bytes]`."""
+    return np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxcache.batches import Batch
+from jaxcache.features import Feature, Features
 from jaxcache.policies import static
 from jaxcache.store import HostStore
-from jaxcache.tables import Group, Table
+from jaxcache.tables import Group, Table, stackable
 from jaxcache.traces import read_ids
 
 
@@ -19,6 +20,7 @@ def count_ids(
     loader: Iterable[Any] | str | os.PathLike[str],
     tables: HostStore | Mapping[str, Table],
     ids: Callable[[Any], Mapping[str, Any]] = lambda batch: batch,
+    features: Mapping[str, Feature] | None = None,
 ) -> dict[str, np.ndarray]:
     """Counts the lookups of each row over a loader or a file, one batch at a time in memory.
 
@@ -36,6 +38,7 @@ def count_ids(
         ids: maps a batch to its ids, as for `LookAhead`: a mapping of names of tables to integer arrays `[B, ...]`.
             By default the batch itself. Where training names or hashes what a file holds, it must do the same:
             `ids=lambda part: {"item": part["0"] % rows}`.
+        features: by name, what the model looks up, as for `LookAhead`.
 
     Returns:
         For each table an array `int64[rows]`: how often each of its rows was looked up, repetitions within a batch
@@ -54,13 +57,18 @@ def count_ids(
         loader = read_ids(loader)
     if not isinstance(loader, Iterable):
         raise TypeError(f"count_ids(loader=...) needs an iterable of batches, got {type(loader).__name__}")
-    group = tables.group if isinstance(tables, HostStore) else Group.stack(tables)
-    counts = [_zeros(name, int(table.rows)) for name, table in zip(group.names, group.tables, strict=True)]
+    by_name = tables.tables if isinstance(tables, HostStore) else tables
+    groups = [Group.stack(part) for part in stackable(by_name)]
+    counts = [[_zeros(name, int(table.rows)) for name, table in zip(g.names, g.tables, strict=True)] for g in groups]
+    known = Features(groups, features)
     for content in loader:
-        batch = Batch.read(content, ids, group, hold=False)
-        for table, rows in zip(batch.tables, np.split(batch.ids, batch.starts[1:-1]), strict=True):
-            np.add.at(counts[table], rows, 1)
-    return dict(zip(group.names, counts, strict=True))
+        for lookups, counted in zip(Batch.read(content, ids, known, hold=False).lookups, counts, strict=True):
+            for table, rows in zip(lookups.tables, np.split(lookups.ids, lookups.starts[1:-1]), strict=True):
+                np.add.at(counted[table], rows, 1)
+    found = {
+        name: rows for g, counted in zip(groups, counts, strict=True) for name, rows in zip(g.names, counted, strict=True)
+    }
+    return {name: found[name] for name in by_name}
 
 
 def hottest_rows(counts: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:

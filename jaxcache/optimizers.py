@@ -2,19 +2,23 @@
 
 Touching only the rows of a batch makes optimizers that move a row with zero gradient (momentum, adam, weight decay)
 their *lazy* variants: a row rests, moments included, in the steps that do not use it. Sgd and adagrad leave such a row
-alone anyway, so for them the result is that of the transformation on the whole dense table.
+alone anyway, so for them the result is that of the transformation on the whole dense table. `catch_up_adam` is adam
+whose moments do not rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxcache.rounding import round_stochastically
+from jaxcache.tables import Table
 
 Scalars = tuple[Any, ...]
 
@@ -70,11 +74,82 @@ def _mean_square(rows: jax.Array) -> jax.Array:
     return total / dim
 
 
+class CatchUpAdamState(NamedTuple):
+    """What `catch_up_adam` keeps: adam's state, and when each row was updated.
+
+    Attributes:
+        count: `int32[]`, updates done.
+        mu, nu: `float32[..., dim]`, first and second moment as of the row's latest update.
+        last: `int32[..., 1]`, the value of `count` after that update; 0 before the first.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    last: Any
+
+
+def catch_up_adam(
+    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba, ICLR 2015) whose moments are averages over time, for parameters `[dim]` or `[rows, dim]`.
+
+    A row that returns after k updates that left it out first has its moments multiplied by `b1**k` and `b2**k`, which
+    is what adam on the whole dense table makes of them with k gradients of zero. So at every update of a row its
+    moments are those of dense training, bias correction included, whereas with `optax.adam` they are averages over
+    the row's own gradients, as if the steps between had not been. For a row updated in every step both are the same.
+    Between its updates a row's weights rest with either; dense adam would go on moving them by the momentum left.
+
+    Which is right depends on the rare rows. Bias correction counts the updates of the table, not of the row, so late
+    in training it changes next to nothing. A row that returns after a long time, or comes for the first time, then has
+    moments of `(1 - b1) * g` and `(1 - b2) * g**2`, and whatever the size of its gradient g a step of
+    `(1 - b1) / sqrt(1 - b2)` learning rates, 3.2 with the defaults: the largest that there can be, which Kingma & Ba
+    give for a gradient that was zero in all steps before. A row that comes every k updates with equal gradients
+    settles at steps of half a learning rate for k near 12, of one for k near 100, of 3.2 for k far above
+    `1 / (1 - b2)`. With `optax.adam` such a row starts with 3.2 too. Then, as b2 forgets more slowly than b1, its steps
+    grow, to 6.6 at its 12th update, and are near one only after more than a thousand updates of its own. What it
+    returns with counts in full, however old it is.
+
+    Take `catch_up_adam` for moments that are those of dense training and do not go stale, as where rows come and go
+    with time. Take `optax.adam` where every gradient of a rare row should count in full. Here a row that comes every k
+    updates receives the share `(1 - b1) / (1 - b1**k)` of a gradient's momentum, a tenth for large k and the default
+    b1, since what dense adam would have added in between is left out; `b1=0` leaves out nothing. A smaller b2, or a
+    learning rate that warms up, bounds the large steps.
+
+    Args:
+        learning_rate: a number, or an optax schedule of the number of updates done.
+        b1, b2: what the moments keep in a step, at least 0 and below 1.
+        eps: added to the square root of the second moment.
+
+    >>> [leaf.shape for leaf in RowOptimizer(catch_up_adam(0.1), 8).row_shapes]  # the moments, and when it was updated
+    [(8,), (8,), (1,)]
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def init(parameters):
+        state = adam.init(parameters)
+        last = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], 1), jnp.int32), parameters)
+        return CatchUpAdamState(state.count, state.mu, state.nu, last)
+
+    def update(gradients, state, parameters=None):
+        del parameters
+        now = optax.safe_increment(state.count)
+        # The count stays at the largest integer once it is there.
+        rested = jax.tree.map(lambda last: (now - last - 1).astype(jnp.float32), state.last)
+        mu = jax.tree.map(lambda moment, steps: moment * b1**steps, state.mu, rested)
+        nu = jax.tree.map(lambda moment, steps: moment * b2**steps, state.nu, rested)
+        steps, new = adam.update(gradients, optax.ScaleByAdamState(state.count, mu, nu))
+        last = jax.tree.map(lambda last: jnp.full_like(last, now), state.last)
+        return steps, CatchUpAdamState(new.count, new.mu, new.nu, last)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
 class Rows(NamedTuple):
     """Rows with what their optimizer keeps for them; the leading axis N is of slots, or of rows in flight.
 
     Attributes:
-        weights: `float32[N, dim]`.
+        weights: `[N, dim]` of the table's dtype.
         state: the optimizer's row leaves, `[N, ...]` each (see `RowOptimizer`).
     """
 
@@ -83,7 +158,7 @@ class Rows(NamedTuple):
 
 
 class RowOptimizer:
-    """An optax transformation taken apart for use on rows of `dim` float32 weights.
+    """An optax transformation taken apart for use on rows of `dim` weights, and how these are kept.
 
     Its state falls into *row leaves*, one value a row, stored with the row; and *scalars*, one value for the table,
     such as step counts. The transformation's arithmetic is recorded once as a jaxpr. The float constants found in it
@@ -91,30 +166,60 @@ class RowOptimizer:
     a changed rate recompiles nothing; what is left is compared by value, so that an equal optimizer built anew
     recompiles nothing either.
 
-    Attributes:
+    The transformation always sees float32 weights and gradients, and its state is what optax makes for such. Weights
+    of 16 bits are widened for it and its result is rounded; with a master copy it works on that.
+
+    Args:
+        transformation: an optax transformation; None for rows that are never trained, which have no state.
         dim: weights a row.
-        row_shapes: shape and dtype of each row leaf, for one row.
+        dtype, rounding, master_copy: how the weights are kept, see `Table`.
+
+    Attributes:
+        dim, dtype, rounding, master_copy: as given, `dtype` a NumPy dtype.
+        frozen: whether there is no transformation.
+        draws: whether `update` needs random words.
+        row_shapes: shape and dtype of each row leaf, for one row; the master copy, if there is one, comes first.
         scalars: initial values of the scalars, NumPy.
         hyperparameters: values of the lifted constants, NumPy.
 
     Raises:
         ValueError: at construction, if the transformation mixes rows (clipping by global norm, lamb, adafactor,
             `apply_if_finite`), which is found out by updating rows together and apart, or if it needs more than
-            gradients, state and parameters.
+            gradients, state and parameters; or if `Table` would refuse the other arguments.
+        TypeError: for what is neither None nor a transformation.
 
     >>> RowOptimizer(optax.adam(0.1), 8) == RowOptimizer(optax.adam(0.2), 8) != RowOptimizer(optax.sgd(0.1), 8)
     True
     """
 
-    def __init__(self, transformation: optax.GradientTransformation, dim: int):
-        if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+    def __init__(
+        self,
+        transformation: optax.GradientTransformation | None,
+        dim: int,
+        dtype: Any = np.float32,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        master_copy: bool = False,
+    ):
+        if transformation is not None and not (hasattr(transformation, "init") and hasattr(transformation, "update")):
             raise TypeError(f"optimizer must be an optax transformation such as optax.sgd(0.1), got {transformation!r}")
-        self.dim = dim
+        self.frozen = transformation is None
+        # A table of such rows knows which of these go together.
+        kept = Table(1, dim, dtype=dtype, rounding=rounding, master_copy=master_copy, frozen=self.frozen)
+        self.dim, self.dtype, self.rounding, self.master_copy = dim, kept.dtype, rounding, master_copy
+        self.draws = rounding == "stochastic"
+        self._identity: tuple = (dim, str(self.dtype), rounding, master_copy)
+        self.row_shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
+        self.scalars: tuple[np.ndarray, ...] = ()
+        self.hyperparameters: tuple[np.ndarray, ...] = ()
+        if transformation is None:
+            return
         self._transformation = transformation
         row = jax.ShapeDtypeStruct((dim,), jnp.float32)
         # Optax computes with Python numbers and integer counts: it needs JAX's default promotions.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             self._take_apart(row)
+        if master_copy:
+            self.row_shapes = (row, *self.row_shapes)
 
     def _take_apart(self, row):
         transformation, dim = self._transformation, self.dim
@@ -160,7 +265,7 @@ class RowOptimizer:
                 *(_value(v) for v in self._recorded.jaxpr.outvars if _is_constant(v)),
             ]
         )
-        self._identity = (dim, str(self._treedef), self._is_row, _canonical(self._recorded))
+        self._identity += (str(self._treedef), self._is_row, _canonical(self._recorded))
         self._initial_rows = jax.jit(
             jax.vmap(lambda weights: self._split(jax.tree.leaves(transformation.init(weights)))[0])
         )
@@ -174,7 +279,9 @@ class RowOptimizer:
         return hash(self._identity)
 
     def __repr__(self):
-        return f"RowOptimizer(dim={self.dim}, row_leaves={len(self.row_shapes)}, scalars={len(self.scalars)})"
+        kept = f", dtype={self.dtype}" if self.dtype != np.float32 else ""
+        kept += ", stochastic rounding" * self.draws + ", master copy" * self.master_copy + ", frozen" * self.frozen
+        return f"RowOptimizer(dim={self.dim}, row_leaves={len(self.row_shapes)}, scalars={len(self.scalars)}{kept})"
 
     def _split(self, leaves):
         rows = tuple(leaf for leaf, is_row in zip(leaves, self._is_row, strict=True) if is_row)
@@ -190,6 +297,12 @@ class RowOptimizer:
 
     def initial_state(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
         """The row leaves, `[N, ...]` each, of untrained rows with the given `float32[N, dim]` weights."""
+        if self.frozen:
+            return ()
+        master = (np.array(weights, np.float32),) if self.master_copy else ()
+        return (*master, *self._initial_leaves(weights))
+
+    def _initial_leaves(self, weights):
         if self._initial is not None:
             return tuple(np.tile(leaf, (len(weights),) + (1,) * leaf.ndim) for leaf in self._initial)
         # State that starts from the weights, such as a slow copy of them. Sizes are rounded up to bound compilations.
@@ -213,18 +326,46 @@ class RowOptimizer:
         row_state: tuple[jax.Array, ...],
         scalars: Scalars,
         hyperparameters: Scalars,
+        words: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Scalars]:
         """Updates rows, each by itself.
 
         Args:
-            gradients, weights: `float32[N, dim]`.
+            gradients: `float32[N, dim]`.
+            weights: `dtype[N, dim]`; not looked at where there is a master copy.
             row_state: row leaves, `[N, ...]` each.
             scalars, hyperparameters: 0-dimensional arrays, as `self.scalars` and `self.hyperparameters`.
+            words: `uint32[N, dim]`, random bits for stochastic rounding (see `draws`), as from `random_words`.
 
         Returns:
             New weights, row leaves and scalars. The scalars advance once, whatever N is.
-        """
 
+        Raises:
+            ValueError: while tracing, for a frozen table, or if `words` are missing or given in vain.
+        """
+        if self.frozen:
+            raise ValueError("update of a frozen table, which has no optimizer: train it with Table(frozen=False)")
+        if (words is not None) != self.draws:
+            raise ValueError(
+                f"update got {'no words' if words is None else 'words'} for rounding={self.rounding!r}: "
+                "stochastic rounding needs words=random_words(...), and no other does"
+            )
+        if self.dtype == np.float32:
+            return self._update_float32(gradients, weights, row_state, scalars, hyperparameters)
+        if self.master_copy:
+            weights, row_state = row_state[0], row_state[1:]
+        updated, row_state, scalars = self._update_float32(
+            gradients, weights.astype(jnp.float32), row_state, scalars, hyperparameters
+        )
+        # Whatever XLA makes of the arithmetic, what is rounded and what is kept as master copy are the same bits.
+        updated = jax.lax.optimization_barrier(updated)
+        if self.master_copy:
+            row_state = (updated, *row_state)
+        if words is None:
+            return updated.astype(self.dtype), row_state, scalars
+        return round_stochastically(updated, words, self.dtype), row_state, scalars
+
+    def _update_float32(self, gradients, weights, row_state, scalars, hyperparameters):
         def one(gradient, weights, row_state):
             return self._replay(hyperparameters, gradient, weights, row_state, scalars)
 
@@ -254,7 +395,7 @@ class RowOptimizer:
             values.update(zip(equation.outvars, outputs, strict=True))
         outputs = [read(variable) for variable in jaxpr.outvars]
         weights, rest = outputs[0], outputs[1:]
-        rows = len(self.row_shapes)
+        rows = sum(self._is_row)
         return weights, tuple(rest[:rows]), tuple(rest[rows:])
 
     def _refuse_mixing(self):
@@ -265,13 +406,13 @@ class RowOptimizer:
         gradients = random.normal(size=(_PROBED, self.dim)).astype(np.float32) * sizes
         together, state = jnp.asarray(weights), self._transformation.init(jnp.asarray(weights))
         apart: Any = together
-        row_state: Any = self.initial_state(weights)
+        row_state: Any = self._initial_leaves(weights)
         scalars: Any = self.scalars
         for _ in range(2):
             steps, state = self._transformation.update(jnp.asarray(gradients), state, together)
             together = together + steps
             try:
-                apart, row_state, scalars = self.update(
+                apart, row_state, scalars = self._update_float32(
                     jnp.asarray(gradients), apart, row_state, scalars, self.hyperparameters
                 )
             except ValueError as error:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import functools
-import math
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache import kernels
-from jaxcache.batches import Batch, Shapes, fingerprint, padded
+from jaxcache.batches import Batch, Lookups, Shapes, fingerprint, padded
+from jaxcache.capacity import MEASURED_BATCHES, Capacity
+from jaxcache.features import Feature, FeatureLayout, Features
 from jaxcache.optimizers import Rows
 from jaxcache.planner import (
     REMEMBERED_BATCHES,
@@ -32,18 +33,20 @@ from jaxcache.planner import (
     Window,
 )
 from jaxcache.policies import Policy, lookahead
-from jaxcache.report import Report, Stage
+from jaxcache.report import GroupReport, Report, Stage
 from jaxcache.state import (
     CacheState,
-    Exchange,
+    Counters,
+    GroupCache,
+    GroupExchange,
     Plan,
-    Receipt,
-    apply_exchange,
+    count_exchange,
+    exchange_group,
     init,
     slot_entries,
     slot_keys,
 )
-from jaxcache.store import HostStore
+from jaxcache.store import HostStore, RowStore
 
 _READY_BATCHES = 2  # planned batches whose rows wait on the device
 _RETURNING_BATCHES = 3  # exchanges whose victims are on their way home
@@ -105,19 +108,24 @@ class _Channel:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A batch that was planned looking at `window` batches, which a bound cut short if `limited`."""
+    """A batch that was planned, in every group, looking at `window` batches, which a bound cut short if `limited`."""
 
     number: int
     batch: Batch
-    observed: Observed
-    planned: PlannedBatch
+    observed: tuple[Observed, ...]
+    planned: tuple[PlannedBatch, ...]
     window: int
     limited: bool
 
     @property
+    def wait_for(self) -> int:
+        """The latest batch whose victims are among the rows that this one fetches."""
+        return max(planned.wait_for for planned in self.planned)
+
+    @property
     def home_first(self) -> bool:
         """Whether the batch fetches rows that are among its own victims."""
-        return self.planned.wait_for == self.number
+        return self.wait_for == self.number
 
 
 @dataclass(frozen=True)
@@ -127,25 +135,44 @@ class _Ready:
     ahead: _Ahead
     content: Any
     plan: Plan
-    exchange: Exchange | None
-    exchange_size: int
-    lookup_hits: int
-    unique_bound: int
+    exchange: _Exchange | None
+    lookup_hits: tuple[int, ...]
+    unique_bounds: tuple[int, ...]
     growths: int
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What the exchange of a batch needs on the device, and the programs that make it, of each group."""
+
+    groups: tuple[GroupExchange, ...]
+    step: Any
+    programs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Returning:
+    """Victims on their way home: those of each group, and what the exchange returned."""
+
+    planned: tuple[PlannedBatch, ...]
+    rows: tuple[Rows | None, ...]
+    record: Any
 
 
 @dataclass(frozen=True)
 class _Expected:
     """A batch whose ids were given beforehand: enough to find out that the loader yields others."""
 
-    features: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    features: tuple[FeatureLayout, ...]
     fingerprint: int
     nbytes = 0
 
     @classmethod
     def of(cls, batch: Batch) -> _Expected:
-        return cls(batch.features, batch.shapes, fingerprint([batch.ids]))
+        arrays = [part.ids for part in batch.lookups]
+        arrays += [part.places for part in batch.lookups if part.places is not None]
+        # Which rows are looked up, and where: what they weigh, and in which bags they lie, changes no plan.
+        return cls(tuple(part._replace(bags=None, weighted=False) for part in batch.features), fingerprint(arrays))
 
 
 class LookAhead:
@@ -164,10 +191,15 @@ class LookAhead:
         loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 6
             more are held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those
             that were drawn and not trained when the loop is left are dropped.
-        ids: maps a batch to its ids: a mapping of feature names, here names of tables, to integer arrays `[B, ...]`,
+        ids: maps a batch to its ids: a mapping of feature names to integer arrays `[B, ...]`, or to `Bags` of them,
             the same features in every batch and B the same for all features.
         slots: capacity of the cache in rows, or as a share of all rows such as "1.5%". It must hold the unique rows of
-            any one batch. With as many slots as rows ("100%") every row is brought in at the start and stays.
+            any one batch. With as many slots as rows ("100%") every row is brought in at the start and stays. Where
+            the tables are of several groups (dims, dtypes, optimizers), slots are split in proportion to the unique
+            rows of each group in the first batches; or a mapping gives the slots of each group, by the name of one of
+            its tables.
+        device_bytes: capacity of the cache in bytes on the device, such as "4GiB", instead of `slots`.
+        features: by name, what the model looks up; the name of a table is its own feature where none is given.
         policy: which rows make room, by default `lookahead()`; see `jaxcache.policies`. It changes what is moved and
             never what is trained.
         window: for `lookahead()`, batches that a plan looks at, from its own on. A row that they want is evicted only
@@ -184,6 +216,7 @@ class LookAhead:
     Raises:
         ValueError: if `slots` or a bound is out of range, if `window` or `future` is given and the policy has a window
             of its own, or if the counts of the policy do not fit the tables.
+        KeyError: for a feature of an unknown table.
 
     >>> import optax
     >>> from jaxcache import HostStore, Table, lookup, update
@@ -205,7 +238,7 @@ class LookAhead:
         store: HostStore,
         loader: Iterable[Any],
         ids: Callable[[Any], Mapping[str, Any]],
-        slots: int | str,
+        slots: int | str | Mapping[str, int | str] | None = None,
         policy: Policy | None = None,
         window: int | Literal["auto"] | None = None,
         max_window: int = 1024,
@@ -213,6 +246,9 @@ class LookAhead:
         future: Iterable[Mapping[str, Any]] | None = None,
         threads: int | None = None,
         copy: bool = False,
+        *,
+        device_bytes: int | str | None = None,
+        features: Mapping[str, Feature] | None = None,
     ):
         policy = lookahead() if policy is None else policy
         if not isinstance(policy, Policy):
@@ -243,23 +279,24 @@ class LookAhead:
         if not callable(ids):
             raise TypeError('LookAhead(ids=...) needs a function of a batch, such as lambda batch: batch["ids"]')
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
-        self._slots = _parse_slots(slots, store.group.rows)
+        groups = [rows.group for rows in store.groups]
+        self._features = Features(groups, features)
+        self._capacity = Capacity.parse(groups, [rows.row_bytes for rows in store.groups], slots, device_bytes)
         self._policy, self._future, self._thread_number = policy, future, int(threads)
-        policy.group_counts(store.group)
+        for group in groups:
+            policy.group_counts(group)
         self._window: Window = policy.window or ("all" if future is not None else window or "auto")
         self._max_window, self._max_window_bytes = int(max_window), int(max_window_bytes)
-        self._resident = self._slots == store.group.rows and not policy.passes
         self._report = Report(
-            row_bytes=store.row_bytes,
-            slots=self._slots,
-            table_bytes=store.table_bytes,
+            {rows.group.name: GroupReport(rows.group.names, rows.group.rows, rows.row_bytes) for rows in store.groups},
             policy=policy.name,
             window=self._window,
         )
         self._stages = self._report.stages
-        self._shapes, self._evaluation_shapes = Shapes(self._slots), Shapes(0)
-        self._programs: dict[int, Any] = {}  # exchanges by size
-        self._read_programs: dict[int, Any] = {}  # reads of victims by size, for policies whose rows pass through
+        self._slots: tuple[int, ...] = ()  # of each group, set by `start`
+        self._first_batches: deque[Any] = deque()  # those that were drawn to find them
+        self._programs: dict[tuple[int, int], Any] = {}  # exchanges by group and size
+        self._read_programs: dict[tuple[int, int], Any] = {}  # reads of victims, for policies whose rows pass through
         self._drawn, self._planned = _Channel(1), _Channel(1)
         self._ready, self._returning = _Channel(_READY_BATCHES), _Channel(_RETURNING_BATCHES + 1)
         self._threads: list[threading.Thread] = []
@@ -268,7 +305,7 @@ class LookAhead:
         self._error: BaseException | None = None
         self._write_error: BaseException | None = None
         self._write_error_seen = False
-        self._landing: tuple[PlannedBatch, Receipt] | None = None
+        self._landing: _Returning | None = None
         self._started = self._entered = self._left = False
         self._first_step = 0
         self._current: _Ready | None = None
@@ -351,36 +388,78 @@ class LookAhead:
             raise RuntimeError(
                 "victims of an earlier pipeline could not be written home: call flush on that one, which tries again"
             ) from self._store.unwritten
-        if cache is None:
-            if self._store.behind:
-                raise RuntimeError(
-                    "a cache that was never flushed holds newer rows than the store: "
-                    "go on with it, ahead.start(cache), or flush it first"
-                )
-            cache = init(self._store, self._slots)
-        else:
+        if cache is None and self._store.behind:
+            raise RuntimeError(
+                "a cache that was never flushed holds newer rows than the store: "
+                "go on with it, ahead.start(cache), or flush it first"
+            )
+        if cache is not None:
             cache = self._checked_warm(cache)
+        self._device = next(iter((jnp.zeros(()) if cache is None else cache.step).devices()))
+        self._slots = self._split_slots() if cache is None else cache.slots
+        self._shapes, self._evaluation_shapes = Shapes(self._slots), Shapes([0] * len(self._slots))
+        self._resident = [
+            slots == rows.group.rows and not self._policy.passes
+            for slots, rows in zip(self._slots, self._store.groups, strict=True)
+        ]
+        if cache is None:
+            cache = init(self._store, self._slots)
+            self._store.loaded = False
         self._first_step = self._store.exchanged = int(cache.step)
-        self._device = next(iter(cache.step.devices()))
-        self._report.device_bytes = cache.nbytes
-        self._abstract_state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), cache)
-        planner, cache = self._make_planner(cache)
+        for report, state in zip(self._report.groups.values(), cache.groups, strict=True):
+            report.slots, report.device_bytes = state.slots, state.nbytes
+        self._abstract_groups, self._abstract_counters = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (cache.groups, Counters.of(cache))
+        )
+        made = [self._make_planner(number, state) for number, state in enumerate(cache.groups)]
+        cache = dataclasses.replace(cache, groups=tuple(state for _, state in made))
+        planners = [planner for planner, _ in made]
         self._started = True
-        for name, work in (
-            ("loader", self._draw_batches),
-            ("plan", lambda: self._plan_batches(planner)),
-            ("collect", self._collect_rows),
-            ("write-back", self._write_back),
-        ):
-            thread = threading.Thread(target=self._run_stage, args=(work, name), name=f"jaxcache-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        if not self._threads:
+            self._start_thread("loader", self._draw_batches)
+        self._start_thread("plan", lambda: self._plan_batches(planners))
+        self._start_thread("collect", self._collect_rows)
+        self._start_thread("write-back", self._write_back)
         return cache
+
+    def _start_thread(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._run_stage, args=(work, name), name=f"jaxcache-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _split_slots(self) -> tuple[int, ...]:
+        """The slots of each group; where they are to be split, the first batches say how."""
+        if self._capacity.slots is not None:
+            return self._capacity.slots
+        if not self._threads:
+            self._start_thread("loader", self._draw_batches)
+        unique: list[list[int]] = []
+        while len(unique) < MEASURED_BATCHES:
+            try:
+                batch = self._drawn.get(self._stages["plan"], poll=self._poll)
+            except _Closed:
+                self._raise_errors()
+                raise
+            self._first_batches.append(batch)
+            if batch is _END:
+                break
+            pairs = zip(batch.lookups, self._store.groups, strict=True)
+            unique.append([len(np.unique(part.keys(rows.group), return_inverse=True)[0]) for part, rows in pairs])
+        return self._capacity.split(np.array(unique, np.int64).reshape(len(unique), len(self._store.groups)))
+
+    def _next_drawn(self) -> Any:
+        """The next batch of the loader, or _END."""
+        return self._first_batches.popleft() if self._first_batches else self._drawn.get(self._stages["plan"])
 
     def _checked_warm(self, cache: CacheState) -> CacheState:
         self._check_cache(cache, "start")
         if int(cache.fault) != CacheState.NO_FAULT:
             raise ValueError("the cache given to start() met a fault in its last pipeline: its steps are not sound")
+        if self._store.loaded:
+            raise ValueError(
+                "rows were loaded into the store since the cache given to start() was filled, which has older ones: "
+                "start() with none"
+            )
         step, newest = int(cache.step), self._store.exchanged
         if int(cache.exchanged) != newest:
             raise ValueError(
@@ -390,28 +469,29 @@ class LookAhead:
         # A loop that was left between exchange and update has an exchange too many.
         return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32))
 
-    def _make_planner(self, cache: CacheState) -> tuple[Planner, CacheState]:
-        """The planner, and the cache with every row in it if all of them fit."""
-        occupied, keys = slot_keys(self._store.group, np.array(cache.slot_table))
-        if self._resident:
+    def _make_planner(self, number: int, state: GroupCache) -> tuple[Planner, GroupCache]:
+        """The planner of a group, and its cache with the rows in it that are to be there before the first batch."""
+        group, slots = self._store.groups[number].group, self._slots[number]
+        occupied, keys = slot_keys(group, np.array(state.slot_table))
+        if self._resident[number]:
             if len(keys) == 0:
-                cache = self._bring_in(cache, np.arange(self._slots, dtype=np.int64))
-            elif len(keys) != self._slots or not (keys == occupied).all():
+                state = self._bring_in(number, state, np.arange(slots, dtype=np.int64))
+            elif len(keys) != slots or not (keys == occupied).all():
                 raise ValueError("start(cache) with every row on the device needs a cache from such a run")
-            return ResidentPlanner(self._store.group), cache
+            return ResidentPlanner(group), state
         if len(keys) == 0:
-            warm = self._policy.warm_keys(self._store.group, self._slots)[::-1]  # the hottest is to go last
-            cache = self._bring_in(cache, warm)
-            self._report.rows_warmed = len(warm)
-            occupied, keys = slot_keys(self._store.group, np.array(cache.slot_table))
+            warm = self._policy.warm_keys(group, slots)[::-1]  # the hottest is to go last
+            state = self._bring_in(number, state, warm)
+            self._report.groups[group.name].rows_warmed = len(warm)
+            occupied, keys = slot_keys(group, np.array(state.slot_table))
         # The rows looked up least come first in the order of eviction.
-        lookups = np.array(cache.counts)[occupied]
+        lookups = np.array(state.counts)[occupied]
         order = np.argsort(lookups, kind="stable")
         if len(keys) and occupied[-1] != len(keys) - 1:
             raise ValueError("the slots in use must be the first ones: the cache given to start() is damaged")
         planner = LookAheadPlanner(
-            self._store.group,
-            self._slots,
+            group,
+            slots,
             self._policy,
             self._window,
             self._max_window,
@@ -419,19 +499,20 @@ class LookAhead:
             resident=(keys[order], occupied[order], lookups[order].astype(np.int64)),
             threads=self._thread_number,
         )
-        return planner, cache
+        return planner, state
 
-    def _bring_in(self, cache: CacheState, keys: np.ndarray) -> CacheState:
-        """Fills the first slots of an empty cache with the rows at `keys`."""
-        size = min(_CHUNK_ROWS, self._slots)
-        insert = self._exchange_program(size)
+    def _bring_in(self, number: int, state: GroupCache, keys: np.ndarray) -> GroupCache:
+        """Fills the first slots of an empty group with the rows at `keys`."""
+        size = min(_CHUNK_ROWS, self._slots[number])
+        insert = self._exchange_program(number, size)
+        step = jnp.array(self._first_step, jnp.int32)
+        counters = Counters(step, step, jnp.array(CacheState.NO_FAULT, jnp.int32))
         for first in range(0, len(keys), size):
             part = keys[first : first + size]
             slots = np.arange(first, first + len(part), dtype=np.int32)
-            exchange = self._exchange(part, slots, size, self._first_step)
-            cache, _ = insert(cache, jax.tree.map(jnp.asarray, exchange))
-            cache = dataclasses.replace(cache, exchanged=jnp.array(self._first_step, jnp.int32))
-        return cache
+            exchange = self._group_exchange(number, part, slots, size)
+            state, _ = insert(state, counters, jax.tree.map(jnp.asarray, exchange), step)
+        return state
 
     # The caller's side
 
@@ -503,18 +584,24 @@ class LookAhead:
         exchange, planned = ready.exchange, ready.ahead.planned
         if exchange is None:
             exchange = self._take_victims_home(cache, ready)
-            planned = dataclasses.replace(planned, victims=_NO_KEYS)
-        state, receipt = self._programs[ready.exchange_size](cache, exchange)
+            planned = tuple(dataclasses.replace(part, victims=_NO_KEYS) for part in planned)
+        counters, groups, rows = Counters.of(cache), [], []
+        for program, state, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True):
+            state, outgoing = program(state, counters, part, exchange.step)
+            groups.append(state)
+            rows.append(outgoing)
+        counters, record = _compile_count(self._device)(counters, exchange.step)
+        state = CacheState(tuple(groups), counters.step, counters.exchanged, counters.fault)
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put((planned, receipt), self._stages["step"])
+        self._returning.put(_Returning(planned, tuple(rows), record), self._stages["step"])
         with self._progress:
             self._exchanged += 1
         self._count_exchange(ready)
         return state
 
-    def _take_victims_home(self, cache: CacheState, ready: _Ready) -> Exchange:
+    def _take_victims_home(self, cache: CacheState, ready: _Ready) -> _Exchange:
         """Writes a batch's victims home, and only then reads the rows that it fetches: some are the same."""
         with self._progress:
             while self._landed < self._exchanged and self._write_error is None:
@@ -525,16 +612,18 @@ class LookAhead:
         if found != newest:
             raise RuntimeError(_explain_fault(CacheState.NO_FAULT, int(cache.step), found, newest))
         started = time.perf_counter()
-        planned, step = ready.ahead.planned, self._first_step + ready.ahead.number
-        number = len(planned.victims)
-        slots = padded(planned.slots[len(planned.slots) - number :], ready.unique_bound, self._slots)
-        rows = self._read_programs[ready.unique_bound](cache.buffer, slots)
-        with self._stages["write-back"].working():
-            self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[:number], rows))
+        for number, (planned, state) in enumerate(zip(ready.ahead.planned, cache.groups, strict=True)):
+            if state.group.frozen:
+                continue
+            victims, bound = len(planned.victims), ready.unique_bounds[number]
+            slots = padded(planned.slots[len(planned.slots) - victims :], bound, state.slots)
+            rows = self._read_programs[number, bound](state.buffer, slots)
+            with self._stages["write-back"].working():
+                self._write_home(self._store.groups[number], planned.victims, rows, slice(0, victims))
         with self._stages["collect"].working():
-            exchange = self._exchange(planned.fetched, planned.slots, ready.exchange_size, step)
+            exchange = self._exchange(ready.ahead, ready.unique_bounds)
         with self._stages["send"].working():
-            exchange = jax.device_put(exchange)
+            exchange = _sent(exchange)
         self._count_wait(time.perf_counter() - started)
         return exchange
 
@@ -603,28 +692,38 @@ class LookAhead:
         finally:
             if self._left:
                 self._store.close(self)
-        return dataclasses.replace(cache, dirty=jnp.zeros(cache.slots, bool))
+        groups = tuple(
+            dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups
+        )
+        return dataclasses.replace(cache, groups=groups)
 
     def _write_again(self) -> None:
         """Writes home the victims whose write-back failed, and those behind them; raises what still prevents it."""
         while self._landed < self._exchanged:
             self._landing = self._landing or self._returning.get_rest()
-            self._land(*self._landing)
+            self._land(self._landing)
             self._landing = None
         self._store.unwritten, self._write_error_seen = None, True
 
     def _write_dirty_rows(self, cache: CacheState) -> None:
-        dirty = np.flatnonzero(np.array(cache.dirty))
-        occupied, keys = slot_keys(self._store.group, np.array(cache.slot_table))
-        key_of = np.zeros(cache.slots, np.int64)
-        key_of[occupied] = keys
-        size = min(_CHUNK_ROWS, cache.slots)
-        for first in range(0, len(dirty), size):
-            slots = dirty[first : first + size]
-            rows = _read_rows(cache.buffer, padded(slots.astype(np.int32), size, cache.slots))
-            self._store.write(key_of[slots], jax.tree.map(np.asarray, rows))
-        self._report.rows_flushed += len(dirty)
-        self._store.catch_up(tuple(np.array(scalar) for scalar in cache.scalars), int(cache.step))
+        for state, rows in zip(cache.groups, self._store.groups, strict=True):
+            dirty = np.flatnonzero(np.array(state.dirty))
+            occupied, keys = slot_keys(rows.group, np.array(state.slot_table))
+            key_of = np.zeros(state.slots, np.int64)
+            key_of[occupied] = keys
+            size = min(_CHUNK_ROWS, state.slots)
+            for first in range(0, len(dirty), size):
+                slots = dirty[first : first + size]
+                newest = _read_rows(state.buffer, padded(slots.astype(np.int32), size, state.slots))
+                self._write_home(rows, key_of[slots], newest, slice(0, len(slots)))
+            self._report.groups[rows.group.name].rows_flushed += len(dirty)
+        scalars = tuple(tuple(np.array(scalar) for scalar in state.scalars) for state in cache.groups)
+        self._store.catch_up(scalars, int(cache.step))
+
+    @staticmethod
+    def _write_home(store: RowStore, keys: np.ndarray, rows: Rows, part: slice) -> None:
+        """Writes the rows at `part` of arrays on the device into the store."""
+        store.write(keys, jax.tree.map(lambda leaf: np.asarray(leaf)[part], rows))
 
     def evaluate(
         self, loader: Iterable[Any], cache: CacheState, eval_step: Callable[[CacheState, Plan, Any], Any]
@@ -643,29 +742,28 @@ class LookAhead:
             The flushed cache, and the list of what `eval_step` returned.
         """
         cache = self.flush(cache)
-        group, shapes, outputs = self._store.group, self._evaluation_shapes, []
+        shapes, outputs = self._evaluation_shapes, []
         for number, content in enumerate(loader):
             self._raise_if_interrupted()
-            batch = Batch.read(content, self._ids, group, hold=False)
-            unique, inverse, occurrences = np.unique(batch.keys(group), return_inverse=True, return_counts=True)
-            shapes.fit(batch, len(unique))
-            bound = shapes.unique_bound
-            plan = shapes.plan(
-                batch, inverse.astype(np.int32), occurrences.astype(np.int32),
-                np.arange(bound, dtype=np.int32), number,
-            )  # fmt: skip
+            batch = Batch.read(content, self._ids, self._features, hold=False)
+            found = [
+                np.unique(part.keys(rows.group), return_inverse=True, return_counts=True)
+                for part, rows in zip(batch.lookups, self._store.groups, strict=True)
+            ]
+            shapes.fit(batch, [len(keys) for keys, _, _ in found])
+            every = [
+                (inverse.astype(np.int32), occurrences.astype(np.int32), np.arange(bound, dtype=np.int32))
+                for (_, inverse, occurrences), bound in zip(found, shapes.unique_bounds, strict=True)
+            ]
+            plan = shapes.plan(batch, every, number)
             view = CacheState(
-                buffer=Rows(self._store.read(unique, bound).weights, ()),
-                slot_table=padded(slot_entries(group, unique), bound, CacheState.FREE),
-                counts=np.zeros(bound, np.int32),
-                dirty=np.zeros(bound, bool),
-                scalars=(),
-                hyperparameters=(),
+                groups=tuple(
+                    _group_view(rows, keys, bound)
+                    for rows, (keys, _, _), bound in zip(self._store.groups, found, shapes.unique_bounds, strict=True)
+                ),
                 step=np.array(number, np.int32),
                 exchanged=np.array(number + 1, np.int32),
                 fault=np.array(CacheState.NO_FAULT, np.int32),
-                group=group,
-                optimizer=self._store.optimizer,
             )
             view, plan = jax.tree.map(jnp.asarray, (view, plan))
             outputs.append(eval_step(view, plan, shapes.pad(batch)))
@@ -681,16 +779,21 @@ class LookAhead:
             self._handed_over = None
 
     def _count_exchange(self, ready: _Ready) -> None:
-        report, ahead, planned = self._report, ready.ahead, ready.ahead.planned
+        report, ahead = self._report, ready.ahead
         report.steps += 1
-        report.lookups += len(ahead.observed.inverse)
-        report.unique_rows += len(planned.unique_slots)
-        report.lookup_hits += ready.lookup_hits
-        report.rows_fetched += len(planned.fetched)
-        report.rows_written_back += len(planned.victims)
+        for number, group in enumerate(report.groups.values()):
+            planned = ahead.planned[number]
+            group.lookups += len(ahead.observed[number].inverse)
+            group.unique_rows += len(planned.unique_slots)
+            group.lookup_hits += ready.lookup_hits[number]
+            group.rows_fetched += len(planned.fetched)
+            group.rows_written_back += 0 if self._store.groups[number].group.frozen else len(planned.victims)
+            group.unique_bound = ready.unique_bounds[number]
+        for feature, ignored in ahead.batch.ignored.items():
+            report.ignored[feature] = report.ignored.get(feature, 0) + ignored
         report.longest_window = max(report.longest_window, ahead.window)
         report.window_limited += ahead.limited
-        report.unique_bound, report.bound_growths = ready.unique_bound, ready.growths
+        report.bound_growths = ready.growths
 
     def _require_running(self, what: str) -> None:
         if self._left or not self._started:
@@ -709,11 +812,18 @@ class LookAhead:
                 f"{where} got a cache that was donated to an earlier call: assign the newest one, "
                 "`cache = ahead.exchange(cache, plan)` and `cache, ... = train_step(cache, ...)`"
             )
-        if (cache.group, cache.optimizer, cache.slots) != (self._store.group, self._store.optimizer, self._slots):
+        found = [(state.group, state.optimizer) for state in cache.groups]
+        expected = [(rows.group, rows.optimizer) for rows in self._store.groups]
+        slots = self._slots or self._capacity.slots or cache.slots  # any will do if they are still to be split
+        if found != expected or cache.slots != slots:
+
+            def described(configuration: Sequence[tuple[Any, Any]], slots: tuple[int, ...]) -> str:
+                tables = "; ".join(f"{', '.join(group.names)} with {optimizer}" for group, optimizer in configuration)
+                return f"{_counted(slots)} slots for {tables}"
+
             raise ValueError(
-                f"{where} got a cache of another configuration: {cache.slots:,} slots for {cache.group.names} with "
-                f"{cache.optimizer}; expected {self._slots:,} slots for {self._store.group.names} with "
-                f"{self._store.optimizer}"
+                f"{where} got a cache of another configuration: {described(found, cache.slots)}; expected "
+                f"{described(expected, slots)}"
             )
 
     def _poll(self) -> None:
@@ -762,27 +872,31 @@ class LookAhead:
                 content = next(iterator, _END)
                 if content is _END:
                     break
-                batch = Batch.read(content, self._ids, self._store.group, self._copy)
+                batch = Batch.read(content, self._ids, self._features, self._copy)
             self._drawn.put(batch, stage)
         self._drawn.put(_END, stage)
 
-    def _plan_batches(self, planner: Planner) -> None:
+    def _plan_batches(self, planners: Sequence[Planner]) -> None:
         stage = self._stages["plan"]
         source = self._drawn_batches() if self._future is None else self._future_batches(self._future)
-        ahead: deque[tuple[Batch | _Expected, Observed]] = deque()
+        ahead: deque[tuple[Batch | _Expected, tuple[Observed, ...]]] = deque()
         held, number, drawn = 0, 0, None
         try:
             while True:
                 limited = False
                 # A plan that needs victims waits for all of its window: which rows go depends on the batches alone,
-                # never on time.
-                while planner.wants_batch():
+                # never on time. All groups look at the same batches.
+                while any([planner.wants_batch() for planner in planners]):
                     limited = self._window == "auto" and len(ahead) > 0 and held >= self._max_window_bytes
                     if limited or (item := next(source, None)) is None:
                         break
                     batch, lookups = item
                     with stage.working():
-                        ahead.append((batch, planner.observe(*lookups)))
+                        observed = tuple(
+                            planner.observe(part.ids, part.starts, part.tables)
+                            for planner, part in zip(planners, lookups, strict=True)
+                        )
+                    ahead.append((batch, observed))
                     held += batch.nbytes
                 if not ahead:
                     break
@@ -790,7 +904,7 @@ class LookAhead:
                 batch, observed = ahead.popleft()
                 held -= batch.nbytes
                 if isinstance(batch, _Expected):
-                    drawn = self._drawn.get(stage)
+                    drawn = self._next_drawn()
                     if drawn is _END:
                         break
                     if _Expected.of(drawn) != batch:
@@ -799,53 +913,58 @@ class LookAhead:
                             "must yield the same ids in the same order (is the loader shuffled anew?)"
                         )
                     batch = drawn.observed()
-                limited = limited or planner.limited
+                limited = limited or any(planner.limited for planner in planners)
                 with stage.working():
-                    planned = planner.plan()
-                limited = limited and len(planned.victims) > 0
+                    planned = tuple(planner.plan() for planner in planners)
+                limited = limited and any(len(part.victims) for part in planned)
                 self._planned.put(_Ahead(number, batch, observed, planned, window, limited), stage)
                 number += 1
-            if self._future is not None and drawn is not _END and self._drawn.get(stage) is not _END:
+            if self._future is not None and drawn is not _END and self._next_drawn() is not _END:
                 raise ValueError(
                     f"LookAhead(future=...) ended after {number} batches and the loader goes on: it must yield the ids "
                     "of every batch of the loader"
                 )
             self._planned.put(_END, stage)
         finally:
-            planner.close()
+            for planner in planners:
+                planner.close()
 
-    def _drawn_batches(self) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
-        while (batch := self._drawn.get(self._stages["plan"])) is not _END:
+    def _drawn_batches(self) -> Iterator[tuple[Batch, tuple[Lookups, ...]]]:
+        while (batch := self._next_drawn()) is not _END:
             yield batch.observed(), batch.lookups
 
-    def _future_batches(
-        self, future: Iterable[Mapping[str, Any]]
-    ) -> Iterator[tuple[_Expected, tuple[np.ndarray, ...]]]:
+    def _future_batches(self, future: Iterable[Mapping[str, Any]]) -> Iterator[tuple[_Expected, tuple[Lookups, ...]]]:
         for mapping in future:
             if self._left or self._error is not None:
                 raise _Closed
-            batch = Batch.read(mapping, lambda ids: ids, self._store.group, hold=False)
+            batch = Batch.read(mapping, lambda ids: ids, self._features, hold=False)
             yield _Expected.of(batch), batch.lookups
 
     def _collect_rows(self) -> None:
         collect, send = self._stages["collect"], self._stages["send"]
         while (ahead := self._planned.get(collect)) is not _END:
-            batch, observed, planned = ahead.batch, ahead.observed, ahead.planned
-            home = -1 if ahead.home_first else planned.wait_for
+            batch = ahead.batch
+            home = -1 if ahead.home_first else ahead.wait_for
             self._wait_for_write_back(max(home, ahead.number - REMEMBERED_BATCHES), collect)
             with collect.working():
-                self._shapes.fit(batch, len(planned.unique_slots))
-                size = self._size_class(len(planned.fetched))
-                step = self._first_step + ahead.number
-                exchange = None if ahead.home_first else self._exchange(planned.fetched, planned.slots, size, step)
-                plan = self._shapes.plan(batch, observed.inverse, observed.occurrences, planned.unique_slots, step)
+                self._shapes.fit(batch, [len(planned.unique_slots) for planned in ahead.planned])
+                self._compile_exchanges()
+                bounds, growths = self._shapes.unique_bounds, self._shapes.growths
+                exchange = None if ahead.home_first else self._exchange(ahead, bounds)
+                rows = [
+                    (observed.inverse, observed.occurrences, planned.unique_slots)
+                    for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
+                ]
+                plan = self._shapes.plan(batch, rows, self._first_step + ahead.number)
                 content = self._shapes.pad(batch)
             with send.working():
                 # These arrays are fresh and never written again, so that a transfer without a copy is sound.
-                plan, exchange = jax.device_put((plan, exchange))
-            hits = len(observed.inverse) - int(observed.occurrences[planned.missed].sum())
-            bound, growths = self._shapes.unique_bound, self._shapes.growths
-            self._ready.put(_Ready(ahead, content, plan, exchange, size, hits, bound, growths), send)
+                plan, exchange = jax.device_put(plan), None if exchange is None else _sent(exchange)
+            hits = tuple(
+                len(observed.inverse) - int(observed.occurrences[planned.missed].sum())
+                for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
+            )
+            self._ready.put(_Ready(ahead, content, plan, exchange, hits, bounds, growths), send)
         self._ready.put(_END, send)
 
     def _wait_for_write_back(self, number: int, stage: Stage) -> None:
@@ -859,52 +978,66 @@ class LookAhead:
             if self._landed <= number:
                 raise _Closed
 
-    def _size_class(self, rows: int) -> int:
-        """The smallest size compiled for an exchange that holds `rows`; compiles all sizes when the bound is new."""
-        bound = self._shapes.unique_bound
+    def _sizes(self, number: int, bound: int) -> list[int]:
+        """The sizes of an exchange of a group with at most `bound` unique rows a batch, ascending."""
         smallest = min(bound, _SMALLEST_EXCHANGE)
-        classes = 0 if self._resident else _SIZE_CLASSES
-        sizes = sorted({smallest, *(max(-(-bound // 2**i), smallest) for i in range(classes))})
-        for size in sizes:
-            if size not in self._programs:
-                self._programs[size] = self._exchange_program(size)
-        if self._policy.passes and bound not in self._read_programs:
-            leaves, treedef = jax.tree.flatten(self._abstract_state.buffer)
-            self._read_programs[bound] = _compile_read(treedef, tuple(leaves), bound, self._device)
-        return next(size for size in sizes if size >= rows)
+        classes = 0 if self._resident[number] else _SIZE_CLASSES
+        return sorted({smallest, *(max(-(-bound // 2**i), smallest) for i in range(classes))})
 
-    def _exchange_program(self, size: int) -> Any:
-        abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self._exchange(_NO_KEYS, _NO_SLOTS, size, 0)))
-        leaves, treedef = jax.tree.flatten((self._abstract_state, abstract))
+    def _compile_exchanges(self) -> None:
+        """Compiles the exchanges of all sizes whose bound is new."""
+        _compile_count(self._device)
+        for number, bound in enumerate(self._shapes.unique_bounds):
+            for size in self._sizes(number, bound):
+                if (number, size) not in self._programs:
+                    self._programs[number, size] = self._exchange_program(number, size)
+            if self._policy.passes and (number, bound) not in self._read_programs:
+                leaves, treedef = jax.tree.flatten(self._abstract_groups[number].buffer)
+                self._read_programs[number, bound] = _compile_read(treedef, tuple(leaves), bound, self._device)
+
+    def _exchange_program(self, number: int, size: int) -> Any:
+        abstract = jax.eval_shape(
+            lambda: jax.tree.map(jnp.asarray, self._group_exchange(number, _NO_KEYS, _NO_SLOTS, size))
+        )
+        leaves, treedef = jax.tree.flatten((self._abstract_groups[number], self._abstract_counters, abstract))
         return _compile_exchange(treedef, tuple(leaves), self._device)
 
-    def _exchange(self, fetched: np.ndarray, slots: np.ndarray, size: int, step: int) -> Exchange:
-        return Exchange(
-            slots=padded(slots, size, self._slots),
-            slot_table=padded(slot_entries(self._store.group, fetched), size, CacheState.FREE),
-            rows=self._store.read(fetched, size),
-            step=np.array(step, np.int32),
+    def _exchange(self, ahead: _Ahead, bounds: Sequence[int]) -> _Exchange:
+        """What the exchange of a batch needs, in NumPy: in each group padded to the smallest size that holds it."""
+        groups, programs = [], []
+        for number, (planned, bound) in enumerate(zip(ahead.planned, bounds, strict=True)):
+            size = next(size for size in self._sizes(number, bound) if size >= len(planned.fetched))
+            groups.append(self._group_exchange(number, planned.fetched, planned.slots, size))
+            programs.append(self._programs[number, size])
+        return _Exchange(tuple(groups), np.array(self._first_step + ahead.number, np.int32), tuple(programs))
+
+    def _group_exchange(self, number: int, fetched: np.ndarray, slots: np.ndarray, size: int) -> GroupExchange:
+        rows = self._store.groups[number]
+        return GroupExchange(
+            slots=padded(slots, size, self._slots[number]),
+            slot_table=padded(slot_entries(rows.group, fetched), size, GroupCache.FREE),
+            rows=rows.read(fetched, size),
         )
 
     def _write_back(self) -> None:
         stage = self._stages["write-back"]
         while True:
             self._landing = self._returning.get(stage)
-            self._land(*self._landing)
+            self._land(self._landing)
             self._landing = None
 
-    def _land(self, planned: PlannedBatch, receipt: Receipt) -> None:
-        """Reads the receipt of an exchange and writes its victims home."""
+    def _land(self, returning: _Returning) -> None:
+        """Reads the record of an exchange and writes its victims home."""
         stage = self._stages["write-back"]
         with stage.waiting():
-            fault, step, exchanged, accepted = np.asarray(receipt.record).tolist()
+            fault, step, exchanged, accepted = np.asarray(returning.record).tolist()
         if not accepted:
             raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
         with stage.working():
-            if len(planned.victims):
-                last = len(planned.fetched)
-                part = slice(last - len(planned.victims), last)
-                self._store.write(planned.victims, jax.tree.map(lambda leaf: np.asarray(leaf)[part], receipt.rows))
+            for planned, rows, store in zip(returning.planned, returning.rows, self._store.groups, strict=True):
+                if len(planned.victims) and rows is not None:
+                    last = len(planned.fetched)
+                    self._write_home(store, planned.victims, rows, slice(last - len(planned.victims), last))
         with self._progress:
             self._landed += 1
             self._store.exchanged += 1
@@ -938,37 +1071,48 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
 
 
-def _parse_slots(slots: int | str, rows: int) -> int:
-    """Number of slots from `LookAhead(slots=...)`, at most the number of rows."""
-    try:
-        if isinstance(slots, str) and slots.endswith("%"):
-            share = float(slots[:-1])
-            if not 0 < share <= 100:
-                raise ValueError
-            count = math.ceil(rows * share / 100)
-        elif _is_positive(slots):
-            count = int(slots)
-        else:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f'LookAhead(slots={slots!r}): slots must be a positive number of rows or a share such as "1.5%"'
-        ) from None
-    count = min(count, rows)
-    if count >= 2**31 - 1:
-        raise ValueError(f"LookAhead(slots={slots!r}) asks for {count:,} slots: a cache holds fewer than 2**31 - 1")
-    return count
+def _counted(slots: tuple[int, ...]) -> str:
+    return " + ".join(f"{number:,}" for number in slots)
 
 
-@functools.lru_cache(maxsize=64)
+def _sent(exchange: _Exchange) -> _Exchange:
+    """The exchange with its arrays on the device."""
+    groups, step = jax.device_put((exchange.groups, exchange.step))
+    return dataclasses.replace(exchange, groups=groups, step=step)
+
+
+def _group_view(store: RowStore, keys: np.ndarray, bound: int) -> GroupCache:
+    """The rows at `keys` as a group of a cache of `bound` slots that holds nothing else, and weights alone."""
+    return GroupCache(
+        buffer=Rows(store.read(keys, bound).weights, ()),
+        slot_table=padded(slot_entries(store.group, keys), bound, GroupCache.FREE),
+        counts=np.zeros(bound, np.int32),
+        dirty=np.zeros(bound, bool),
+        scalars=(),
+        hyperparameters=(),
+        streams=np.zeros((0, 2), np.uint32),
+        group=store.group,
+        optimizer=store.optimizer,
+    )
+
+
+@functools.lru_cache(maxsize=256)
 def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], device: jax.Device) -> Any:
-    """The exchange compiled for a state and a size class; kept, so that an equal pipeline compiles nothing."""
-    state, exchange = jax.tree.unflatten(treedef, leaves)
+    """The exchange of a group compiled for a size class; kept, so that an equal pipeline compiles nothing."""
+    state, counters, exchange = jax.tree.unflatten(treedef, leaves)
     with jax.default_device(device):
-        return jax.jit(apply_exchange, donate_argnums=0).lower(state, exchange).compile()
+        return jax.jit(exchange_group, donate_argnums=0).lower(state, counters, exchange, counters.step).compile()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache
+def _compile_count(device: jax.Device) -> Any:
+    """What counts an exchange, compiled; kept as well."""
+    number = jax.ShapeDtypeStruct((), np.int32)
+    with jax.default_device(device):
+        return jax.jit(count_exchange).lower(Counters(number, number, number), number).compile()
+
+
+@functools.lru_cache(maxsize=256)
 def _compile_read(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], size: int, device: jax.Device) -> Any:
     """What reads `size` rows of a buffer, compiled; kept as well."""
     slots = jax.ShapeDtypeStruct((size,), np.int32)

@@ -43,33 +43,25 @@ STAGES = ("loader", "plan", "collect", "send", "step", "write-back")
 
 
 @dataclass
-class Report:
-    """Figures of one `LookAhead` from its start, over the batches that were exchanged.
+class GroupReport:
+    """Figures of one group of tables, over the batches that were exchanged.
 
     Attributes:
-        steps: batches exchanged.
-        lookups: ids in them, repetitions counted.
-        unique_rows: unique rows of each batch, added up.
-        lookup_hits: lookups of rows that were resident when their batch was planned.
-        rows_fetched: rows brought to the device for a batch.
-        rows_warmed: rows brought to the device at the start, before any batch, because the policy says so.
-        rows_written_back: victims carried home; what `flush` writes is not counted.
-        rows_flushed: rows that `flush` wrote home.
+        tables: names of its tables.
+        rows: rows of all of them.
+        slots: rows of the group that the cache holds.
         row_bytes: bytes of a row with its optimizer state.
-        slots: capacity of the cache, in rows.
-        device_bytes: bytes of the cache on the device.
-        table_bytes: bytes that all rows of the tables take.
-        policy: name of the policy.
-        window: batches that a plan looks at, as asked for.
-        longest_window: most batches that a plan looked at.
-        window_limited: steps whose plan would have looked further, had `max_window` or `max_window_bytes` let it.
+        device_bytes: bytes of its part of the cache on the device.
         unique_bound: bound on the unique rows of a batch that the step was compiled for.
-        bound_growths: how often that bound, or the shape of a batch, had to grow, each time compiling the step anew.
-        stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
-            device, and waits while the next batch is not ready.
+        lookups, unique_rows, lookup_hits, rows_fetched, rows_warmed, rows_written_back, rows_flushed: as in `Report`.
     """
 
-    steps: int = 0
+    tables: tuple[str, ...]
+    rows: int
+    row_bytes: int
+    slots: int = 0
+    device_bytes: int = 0
+    unique_bound: int = 0
     lookups: int = 0
     unique_rows: int = 0
     lookup_hits: int = 0
@@ -77,17 +69,100 @@ class Report:
     rows_warmed: int = 0
     rows_written_back: int = 0
     rows_flushed: int = 0
-    row_bytes: int = 0
-    slots: int = 0
-    device_bytes: int = 0
-    table_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of unique rows that were resident when their batch was planned; 0.0 before the first step."""
+        return 1 - self.rows_fetched / self.unique_rows if self.unique_rows else 0.0
+
+
+@dataclass
+class Report:
+    """Figures of one `LookAhead` from its start, over the batches that were exchanged.
+
+    Numbers of rows and bytes are those of all groups together.
+
+    Attributes:
+        groups: the figures of each group, by the name of its first table.
+        steps: batches exchanged.
+        policy: name of the policy.
+        window: batches that a plan looks at, as asked for.
+        longest_window: most batches that a plan looked at.
+        window_limited: steps whose plan would have looked further, had `max_window` or `max_window_bytes` let it.
+        bound_growths: how often a bound on unique rows, or the shape of a batch, had to grow, each time compiling the
+            step anew.
+        ignored: ids that were out of range and left out, by feature.
+        stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
+            device, and waits while the next batch is not ready.
+    """
+
+    groups: dict[str, GroupReport]
+    steps: int = 0
     policy: str = ""
     window: int | str = 0
     longest_window: int = 0
     window_limited: int = 0
-    unique_bound: int = 0
     bound_growths: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(group, name) for group in self.groups.values())
+
+    @property
+    def lookups(self) -> int:
+        """Ids of the batches that looked up a row, repetitions counted."""
+        return self._total("lookups")
+
+    @property
+    def unique_rows(self) -> int:
+        """Unique rows of each batch, added up."""
+        return self._total("unique_rows")
+
+    @property
+    def lookup_hits(self) -> int:
+        """Lookups of rows that were resident when their batch was planned."""
+        return self._total("lookup_hits")
+
+    @property
+    def rows_fetched(self) -> int:
+        """Rows brought to the device for a batch."""
+        return self._total("rows_fetched")
+
+    @property
+    def rows_warmed(self) -> int:
+        """Rows brought to the device at the start, before any batch, because the policy says so."""
+        return self._total("rows_warmed")
+
+    @property
+    def rows_written_back(self) -> int:
+        """Victims carried home; what `flush` writes is not counted."""
+        return self._total("rows_written_back")
+
+    @property
+    def rows_flushed(self) -> int:
+        """Rows that `flush` wrote home."""
+        return self._total("rows_flushed")
+
+    @property
+    def slots(self) -> int:
+        """Capacity of the cache, in rows."""
+        return self._total("slots")
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the cache on the device."""
+        return self._total("device_bytes")
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes that all rows of the tables take."""
+        return sum(group.rows * group.row_bytes for group in self.groups.values())
+
+    @property
+    def unique_bound(self) -> int:
+        """Bound on the unique rows of a batch that the step was compiled for."""
+        return self._total("unique_bound")
 
     @property
     def hit_rate(self) -> float:
@@ -102,12 +177,12 @@ class Report:
     @property
     def bytes_fetched(self) -> int:
         """Bytes of rows brought to the device, padding of the size classes not counted."""
-        return self.rows_fetched * self.row_bytes
+        return sum(group.rows_fetched * group.row_bytes for group in self.groups.values())
 
     @property
     def bytes_written_back(self) -> int:
         """Bytes of victims carried home, padding of the size classes not counted."""
-        return self.rows_written_back * self.row_bytes
+        return sum(group.rows_written_back * group.row_bytes for group in self.groups.values())
 
     @property
     def bound_by(self) -> str:
@@ -123,6 +198,14 @@ class Report:
             f"{self.slots:,} slots: "
             f"{self.device_bytes / 1e6:,.1f} MB on the device, tables {self.table_bytes / 1e6:,.1f} MB "
             f"({self.table_bytes / max(self.device_bytes, 1):.1f} x)",
+        ]
+        if len(self.groups) > 1:
+            lines += [
+                f"  {name}{f' + {len(group.tables) - 1}' if len(group.tables) > 1 else ''}: {group.slots:,} slots of "
+                f"{group.row_bytes} B for {group.rows:,} rows, hit rate {group.hit_rate:.2%} of unique rows"
+                for name, group in self.groups.items()
+            ]
+        lines += [
             f"hit rate {self.hit_rate:.2%} of unique rows, {self.lookup_hit_rate:.2%} of lookups",
             f"fetched {self.rows_fetched:,} rows, {self.bytes_fetched / 1e6:,.1f} MB "
             f"({self.rows_fetched / steps:,.0f} rows a step)"
@@ -130,8 +213,11 @@ class Report:
             f"written back {self.rows_written_back:,} rows, {self.bytes_written_back / 1e6:,.1f} MB "
             f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows",
             f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times",
-            f"{'stage':<12}{'busy s':>10}{'wait s':>10}{'busy ms a step':>17}",
         ]
+        if self.ignored:
+            each = ", ".join(f"{name} {number:,}" for name, number in self.ignored.items())
+            lines.append(f"ids out of range and ignored: {each}")
+        lines.append(f"{'stage':<12}{'busy s':>10}{'wait s':>10}{'busy ms a step':>17}")
         lines += [
             f"{name:<12}{stage.busy:>10.2f}{stage.wait:>10.2f}{1e3 * stage.busy / steps:>17.2f}"
             + ("  <- bounds the run" if name == self.bound_by else "")

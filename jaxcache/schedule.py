@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxcache import index
 from jaxcache.batches import Batch
+from jaxcache.features import Feature, Features
 from jaxcache.index import ABSENT
 from jaxcache.tables import MAX_ROWS, Group, Table
 
@@ -74,16 +75,17 @@ class hot_batches:
     Args:
         loader: an iterable of batches, pytrees of arrays `[B, ...]` whose first axis is the samples. B may differ from
             batch to batch.
-        hot_rows: for each feature its hot rows, as integer ids `[N]` in any order or as a mask `bool[rows]`; see
+        hot_rows: for each table its hot rows, as integer ids `[N]` in any order or as a mask `bool[rows]`; see
             `hottest_rows`. Takes about 32 to 64 bytes a hot row.
         ids: maps a batch to its ids, as for `LookAhead`: a mapping of feature names to integer arrays `[B, ...]`.
             By default the batch itself.
+        features: by name, what the model looks up, as for `LookAhead`. An id that is padding is neither hot nor cold.
 
     Raises:
         TypeError, ValueError: for hot rows that are neither ids nor a mask. While iterating, for anything that
             `LookAhead` refuses as ids, for leaves without an axis of samples, and for batches that differ in structure,
             in the shape of a sample or in dtype.
-        KeyError: while iterating, for a feature without hot rows.
+        KeyError: for a feature whose table has no hot rows.
 
     >>> first = {"user": np.array([7, 1, 7]), "label": np.array([0, 1, 1])}
     >>> second = {"user": np.array([7]), "label": np.array([0])}
@@ -101,6 +103,7 @@ class hot_batches:
         loader: Iterable[Any],
         hot_rows: Mapping[str, Any],
         ids: Callable[[Any], Mapping[str, Any]] = lambda batch: batch,
+        features: Mapping[str, Feature] | None = None,
     ):
         if not isinstance(loader, Iterable):
             raise TypeError(f"hot_batches(loader=...) needs an iterable of batches, got {type(loader).__name__}")
@@ -118,7 +121,8 @@ class hot_batches:
             index.find_or_insert_all(cells, hot, 0, np.empty(len(hot), np.int64))
             self._cells.append(cells)
             tables.append(Table(limit, 1))
-        self._group = Group(tuple(hot_rows), tuple(tables))  # names and limits of ids alone: nothing is stacked
+        # Names and limits of ids alone: nothing is stacked.
+        self._features = Features([Group(tuple(hot_rows), tuple(tables))], features)
 
     def report(self) -> HotReport:
         """The figures of the latest pass so far, as a copy."""
@@ -128,7 +132,7 @@ class hot_batches:
         self._report = report = HotReport()
         layout: _Layout | None = None
         for number, content in enumerate(self._loader):
-            batch = Batch.read(content, self._known_ids, self._group, hold=False)
+            batch = Batch.read(content, self._known_ids, self._features, hold=False)
             if batch.samples == 0:
                 continue
             found, leaves = _Layout.read(content, batch.samples, number)
@@ -154,7 +158,7 @@ class hot_batches:
 
     def _known_ids(self, content: Any) -> Mapping[str, Any]:
         mapping = self._ids(content)
-        if isinstance(mapping, Mapping) and (unknown := [name for name in mapping if name not in self._group.names]):
+        if isinstance(mapping, Mapping) and (unknown := [name for name in mapping if name not in self._features]):
             raise KeyError(
                 f"hot_batches(hot_rows=...) has no rows of feature {unknown[0]!r}: give it an empty list if none of "
                 "them is hot"
@@ -163,12 +167,19 @@ class hot_batches:
 
     def _are_hot(self, batch: Batch) -> np.ndarray:
         """Whether all ids of each sample are hot, `bool[samples]`."""
-        hot = np.ones(batch.samples, bool)
-        features = np.split(batch.ids, batch.starts[1:-1])
-        for table, ids, shape in zip(batch.tables, features, batch.shapes, strict=True):
+        (lookups,) = batch.lookups
+        missed = [np.zeros(0, bool)]
+        for table, ids in zip(lookups.tables, np.split(lookups.ids, lookups.starts[1:-1]), strict=True):
             found = np.empty(len(ids), np.int64)
             index.find_all(self._cells[table], ids, found)
-            hot &= (found != ABSENT).reshape(shape).all(axis=tuple(range(1, len(shape))))
+            missed.append(found == ABSENT)
+        cold = np.zeros(lookups.size, bool)
+        cold[slice(None) if lookups.places is None else lookups.places] = np.concatenate(missed)
+        hot, start = np.ones(batch.samples, bool), 0
+        for feature in batch.features:
+            here = cold[start : start + feature.lookups].reshape(feature.shape)
+            hot &= ~here.any(axis=tuple(range(1, len(feature.shape))))
+            start += feature.lookups
         return hot
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache import policies as policies_
+from jaxcache.capacity import SLOT_BYTES, rows_of
 from jaxcache.planner import REMEMBERED_BATCHES, LookAheadPlanner, Window
 from jaxcache.policies import Policy
 from jaxcache.traces import Trace, load_trace
@@ -35,9 +36,6 @@ POLICIES: Mapping[str, Callable[[Mapping[str, np.ndarray]], Policy]] = {
 """The policies by name; each makes one from the lookups of each row in the trace."""
 
 OPTIMUM, UNBOUNDED = "optimum", "unbounded"
-SLOT_BYTES = 17
-"""Bytes of a slot beside its row: 12 for the slot table, 4 for the count of lookups, 1 for whether it is dirty."""
-
 _PRECISION = 0.01  # to which `size` finds slots, and to which a shorter window may be worse than the longest
 
 
@@ -263,17 +261,10 @@ def _policy(policy: str | Policy, trace: Trace) -> Policy:
 
 def _slots(capacity: int | str, trace: Trace) -> int:
     rows = trace.rows if trace.declared_rows is None else trace.declared_rows
-    try:
-        if isinstance(capacity, str) and capacity.endswith("%"):
-            share = float(capacity[:-1])
-            if not 0 < share <= 100:
-                raise ValueError
-            return math.ceil(rows * share / 100)
-        if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 1:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f'capacity {capacity!r}: expected a number of rows, or a share such as "5%"') from None
-    return int(capacity)
+    slots = rows_of(capacity, rows)
+    if slots is None:
+        raise ValueError(f'capacity {capacity!r}: expected a number of rows, or a share such as "5%"')
+    return slots
 
 
 def _check_positive(**arguments: Any) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numba
 import numpy as np
 import optax
@@ -13,7 +20,10 @@ import optax
 from jaxcache import index
 from jaxcache.index import ABSENT
 from jaxcache.optimizers import RowOptimizer, Rows
-from jaxcache.tables import Group, Table, check_ids
+from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
 
 
 @numba.njit(cache=True, nogil=True)
@@ -23,54 +33,57 @@ def _put(table, positions, rows):
             table[positions[i], j] = rows[i, j]
 
 
-class HostStore:
-    """Embedding tables in host memory, with the state that the row optimizer keeps for each row.
+class RowStore:
+    """The rows of one group in host memory, with the state that the row optimizer keeps for each row.
 
     A row that was never written needs no memory: its initial value is computed from (seed, table, id) when it is read.
-    Written rows lie one behind the other, found through an index of O(written rows).
+    Written rows lie one behind the other, found through an index of O(written rows). Reads and writes are atomic: a
+    read that runs beside a write sees each row as it was before or after.
 
     Args:
-        tables: names and tables; all of one dim.
-        optimizer: how rows are updated: `jc.rowwise_adagrad(rate)`, or any optax transformation that treats rows apart.
+        group: the tables.
+        optimizer: what it keeps for a row is stored with the row.
         seed: seeds the initial weights.
-
-    Raises:
-        ValueError: for tables that cannot be stacked, or an optimizer that mixes rows (see `RowOptimizer`).
 
     Attributes:
         group: the tables.
         optimizer: the `RowOptimizer`.
+        seed: as given.
         scalars: the optimizer's scalars as of the last flush.
-        step: updates done as of the last flush.
-        exchanged: exchanges whose victims are home: the newest cache has made as many.
-        unwritten: what kept victims from being written, until a later `flush` has written them.
 
-    >>> store = HostStore({"user": Table(10**9, 2)}, optimizer=optax.sgd(0.1), seed=0)
-    >>> store.rows("user", [7, 999_999_999]).shape, store.rows_written
-    ((2, 2), 0)
+    >>> group = Group.stack({"user": Table(10**9, 2)})
+    >>> store = RowStore(group, RowOptimizer(optax.sgd(0.1, momentum=0.9), 2), seed=0)
+    >>> rows = store.read(group.keys(0, np.array([7, 999_999_999])))
+    >>> rows.weights.shape, [leaf.shape for leaf in rows.state], store.rows_written
+    ((2, 2), [(2, 2)], 0)
     """
 
-    def __init__(self, tables: Mapping[str, Table], optimizer: optax.GradientTransformation, seed: int = 0):
-        self.group = Group.stack(tables)
-        self.optimizer = RowOptimizer(optimizer, self.group.dim)
+    def __init__(self, group: Group, optimizer: RowOptimizer, seed: int = 0):
+        self.group = group
+        self.optimizer = optimizer
         self.seed = operator.index(seed)
-        self.scalars = self.optimizer.scalars
-        self.step = 0
+        self.scalars = optimizer.scalars
         self._lock = threading.RLock()
         self._cells = index.empty(1024)
         self._written = 0
         self._rows = self._allocate(0)
-        self.exchanged = 0
-        self.unwritten: BaseException | None = None
-        self._pipeline: object | None = None
-        self._behind = False
 
     def __repr__(self):
-        tables = ", ".join(
-            f"{name}: {table.rows:,} x {table.dim}"
-            for name, table in zip(self.group.names, self.group.tables, strict=True)
-        )
-        return f"HostStore({tables}; {self._written:,} rows written, step {self.step})"
+        return f"RowStore({self.describe()}; {self._written:,} rows written)"
+
+    def describe(self) -> str:
+        """The tables and the format of their rows in a line: `user: 1,000 x 2, item: 40 x 2 bfloat16 frozen`."""
+        names, tables = self.group.names, self.group.tables
+        sizes = (f"{name}: {table.rows:,} x {table.dim}" for name, table in zip(names, tables, strict=True))
+        first = tables[0]
+        rounding = "" if first.rounding == "nearest" else f" rounding {first.rounding}"
+        extras = rounding + " with a master copy" * first.master_copy + " frozen" * first.frozen
+        return f"{', '.join(sizes)} {first.dtype}{extras}"
+
+    @property
+    def streams(self) -> np.ndarray:
+        """A number for each table that stands for seed and name, `uint64[tables]`: what random numbers start from."""
+        return self.group.streams(self.seed)
 
     @property
     def rows_written(self) -> int:
@@ -92,41 +105,15 @@ class HostStore:
         """Bytes of host memory reserved for written rows and their index."""
         return self._cells.nbytes + sum(leaf.nbytes for leaf in self._leaves(self._rows))
 
-    def rows(self, table: str, ids) -> np.ndarray:
-        """The weights of rows.
-
-        Args:
-            table: its name.
-            ids: integers `[N]` from 0 to rows - 1.
-
-        Returns:
-            A new array `float32[N, dim]`.
-
-        Raises:
-            KeyError, TypeError, ValueError: for an unknown table or ids that are not valid.
-            RuntimeError: if newer values lie in a cache that was not flushed.
-        """
-        return self._current(table, ids).weights
-
-    def row_state(self, table: str, ids) -> tuple[np.ndarray, ...]:
-        """The optimizer state of rows: one array `[N, ...]` for each row leaf. Arguments and errors as for `rows`."""
-        return self._current(table, ids).state
-
-    def _current(self, table: str, ids) -> Rows:
-        position = self.group.index(table)
-        ids = check_ids(ids, table, self.group.tables[position].rows).reshape(-1)
-        if self._behind:
-            raise RuntimeError(
-                "the newest rows are still in the cache: call `cache = ahead.flush(cache)` before the store is read"
-            )
-        return self.read(self.group.keys(position, ids))
-
     def read(self, keys: np.ndarray, size: int | None = None) -> Rows:
         """The rows at `keys` (`int64[N]`) as they are in host memory.
 
         Args:
             keys: see `Group.keys`.
             size: length of the new arrays, N by default; what is behind the first N rows is not defined.
+
+        Returns:
+            `Rows` of weights in the dtype of the group, `[size, dim]`, and of the optimizer's row leaves `[size, ...]`.
         """
         rows = self._allocate(len(keys) if size is None else size)
         positions = np.empty(len(keys), np.int64)
@@ -138,42 +125,278 @@ class HostStore:
                     np.take(leaf, positions, axis=0, out=out[: len(keys)], mode="clip")
         untouched = np.flatnonzero(positions == ABSENT)
         if len(untouched):
-            weights = self.group.initial_weights(self.seed, keys[untouched])
-            rows.weights[untouched] = weights
-            for out, leaf in zip(rows.state, self.optimizer.initial_state(weights), strict=True):
+            fresh = self._untrained(self.group.initial_weights(self.seed, keys[untouched]))
+            for out, leaf in zip(self._leaves(rows), self._leaves(fresh), strict=True):
                 out[untouched] = leaf
         return rows
 
     def write(self, keys: np.ndarray, rows: Rows) -> None:
-        """Sets the rows at `keys` (`int64[N]`, each once) to the first N of `rows`."""
+        """Sets the rows at `keys` (`int64[N]`, each once) to the first N of `rows`.
+
+        Raises:
+            TypeError: for arrays of another dtype than those that `read` returns: nothing is converted here.
+        """
         if len(keys) == 0:
             return
+        for leaf, new in zip(self._leaves(self._rows), self._leaves(rows), strict=True):
+            if leaf.dtype != new.dtype:
+                raise TypeError(f"rows of {', '.join(self.group.names)} are kept as {leaf.dtype}, got {new.dtype}")
         positions = np.empty(len(keys), np.int64)
         with self._lock:
-            self._reserve(self._written + len(keys))
-            self._written = index.find_or_insert_all(self._cells, keys, self._written, positions)
+            index.find_all(self._cells, keys, positions)
+            absent = int(np.count_nonzero(positions == ABSENT))
+            if absent:
+                self._reserve(self._written + absent)
+                self._written = index.find_or_insert_all(self._cells, keys, self._written, positions)
             for leaf, new in zip(self._leaves(self._rows), self._leaves(rows), strict=True):
                 words = f"u{leaf.itemsize}"  # a copy needs no arithmetic, and Numba knows no bfloat16
                 flat = np.ascontiguousarray(new).reshape(len(new), -1).view(words)
                 _put(leaf.reshape(len(leaf), -1).view(words), positions, flat)
+
+    def fill(self, table: int, weights: Any) -> None:
+        """Sets every row of a table to given weights, never updated; memory beyond the rows themselves stays flat.
+
+        Args:
+            table: position of the table in the group.
+            weights: `float[rows, dim]`, anything that can be sliced into arrays.
+        """
+        with self._lock:  # room for all of them at once: growing step by step would copy the rows again and again
+            absent = 0
+            for start, stop in _spans(self.group.tables[table]):
+                positions = np.empty(stop - start, np.int64)
+                index.find_all(self._cells, self._keys(table, start, stop), positions)
+                absent += int(np.count_nonzero(positions == ABSENT))
+            self._reserve(self._written + absent)
+        for start, stop in _spans(self.group.tables[table]):
+            chunk = np.asarray(weights[start:stop]).astype(np.float32, copy=False)
+            self.write(self._keys(table, start, stop), self._untrained(chunk))
+
+    def chunks(self, table: int) -> Iterator[np.ndarray]:
+        """The weights of all rows of the table at position `table`, in order of ids, some rows `[N, dim]` at a time."""
+        for start, stop in _spans(self.group.tables[table]):
+            yield self.read(self._keys(table, start, stop)).weights
+
+    def _keys(self, table: int, start: int, stop: int) -> np.ndarray:
+        return self.group.keys(table, np.arange(start, stop))
+
+    def _untrained(self, weights: np.ndarray) -> Rows:
+        """Rows of the given `float32[N, dim]` weights, rounded to the nearest of the group's dtype, never updated."""
+        return Rows(weights.astype(self.group.dtype, copy=False), self.optimizer.initial_state(weights))
 
     def _leaves(self, rows: Rows) -> tuple[np.ndarray, ...]:
         return (rows.weights, *rows.state)
 
     def _allocate(self, count: int) -> Rows:
         return Rows(
-            np.empty((count, self.group.dim), np.float32),
+            np.empty((count, self.group.dim), self.group.dtype),
             tuple(np.empty((count, *leaf.shape), leaf.dtype) for leaf in self.optimizer.row_shapes),
         )
 
     def _reserve(self, count: int) -> None:
         """Grows the arrays of written rows to hold `count`, by doubling: memory is not touched before it is written."""
         if count > len(self._rows.weights):
-            larger = self._allocate(max(count, 2 * self._written, 1024))
+            larger = self._allocate(min(max(count, 2 * self._written, 1024), self.group.rows))
             for new, old in zip(self._leaves(larger), self._leaves(self._rows), strict=True):
                 new[: self._written] = old[: self._written]
             self._rows = larger
         self._cells = index.reserve(self._cells, count)
+
+
+class HostStore:
+    """Embedding tables in host memory, with the state that their optimizers keep for each row.
+
+    Tables that are alike (dim, dtype, rounding, optimizer) are stacked into a group, a `RowStore`. A row that was never
+    written needs no memory: its initial value is computed from (seed, table, id) when it is read.
+
+    Args:
+        tables: names and tables.
+        optimizer: how the rows of tables without an optimizer of their own are updated: `jc.rowwise_adagrad(rate)`, or
+            any optax transformation that treats rows apart. Not needed where all other tables are frozen.
+        seed: seeds the initial weights.
+
+    Raises:
+        ValueError: for a table that is neither frozen nor has an optimizer, or an optimizer that mixes rows (see
+            `RowOptimizer`).
+        TypeError: for a name that is no string or a value that is no `Table`.
+
+    Attributes:
+        tables: names and tables as given.
+        groups: a `RowStore` for each group, in the order of their first tables.
+        seed: as given.
+        step: updates done as of the last flush.
+        exchanged: exchanges whose victims are home: the newest cache has made as many.
+        unwritten: what kept victims from being written, until a later `flush` has written them.
+        loaded: whether rows were loaded since a pipeline last started without a cache: those filled before are stale.
+
+    >>> tables = {"user": Table(10**9, 2), "item": Table(40, 2), "word": Table(9, 3, frozen=True)}
+    >>> store = HostStore(tables, optimizer=optax.sgd(0.1), seed=0)
+    >>> store.rows("user", [7, 999_999_999]).shape, store.rows_written
+    ((2, 2), 0)
+    >>> [group.group.names for group in store.groups]
+    [('user', 'item'), ('word',)]
+    """
+
+    def __init__(
+        self, tables: Mapping[str, Table], optimizer: optax.GradientTransformation | None = None, seed: int = 0
+    ):
+        check_tables(tables)
+        self.tables = dict(tables)
+        self.seed = operator.index(seed)
+        self.step = 0
+        self.groups = tuple(_row_store(part, self.seed) for part in stackable(_with_optimizers(self.tables, optimizer)))
+        self._places = {
+            name: (group, position) for group in self.groups for position, name in enumerate(group.group.names)
+        }
+        self._lock = threading.RLock()
+        self.exchanged = 0
+        self.unwritten: BaseException | None = None
+        self.loaded = False
+        self._pipeline: object | None = None
+        self._behind = False
+
+    def __repr__(self):
+        groups = "; ".join(group.describe() for group in self.groups)
+        return f"HostStore({groups}; {self.rows_written:,} rows written, step {self.step})"
+
+    @property
+    def rows_written(self) -> int:
+        """Rows that have a value of their own and take memory."""
+        return sum(group.rows_written for group in self.groups)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes that all rows would take, written or not."""
+        return sum(group.table_bytes for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory reserved for written rows and their indices."""
+        return sum(group.nbytes for group in self.groups)
+
+    def locate(self, table: str) -> tuple[RowStore, int]:
+        """The group of a table, and the table's position in it. Raises KeyError with the known names."""
+        if table not in self._places:
+            raise KeyError(f"no table named {table!r}: the store has {', '.join(self.tables)}")
+        return self._places[table]
+
+    def rows(self, table: str, ids) -> np.ndarray:
+        """The weights of rows.
+
+        Args:
+            table: its name.
+            ids: integers `[N]` from 0 to rows - 1.
+
+        Returns:
+            A new array `[N, dim]` of the table's dtype.
+
+        Raises:
+            KeyError, TypeError, ValueError: for an unknown table or ids that are not valid.
+            RuntimeError: if newer values lie in a cache that was not flushed.
+        """
+        return self._current(table, ids).weights
+
+    def row_state(self, table: str, ids) -> tuple[np.ndarray, ...]:
+        """The optimizer state of rows: one array `[N, ...]` for each row leaf. Arguments and errors as for `rows`.
+
+        With `Table(master_copy=True)` the first is the master copy, `float32[N, dim]`. Frozen tables have none: `()`.
+        """
+        return self._current(table, ids).state
+
+    def _current(self, table: str, ids) -> Rows:
+        group, position = self.locate(table)
+        ids = check_ids(ids, table, self.tables[table].rows).reshape(-1)
+        self._refuse_behind("read")
+        return group.read(group.group.keys(position, ids))
+
+    def load(self, table: str, source: Any) -> None:
+        """Sets every row of a table to given weights, with the optimizer state of rows that were never updated.
+
+        The weights are read a few thousand rows at a time, so that no second copy of them is made in memory, and are
+        rounded to the nearest of the table's dtype; a master copy keeps the float32 values.
+
+        Args:
+            table: its name. Frozen tables can be loaded too.
+            source: weights `[rows, dim]` as float32, float64, float16 or bfloat16: an array (NumPy, JAX, or anything
+                else with `shape`, `dtype` and slices), a list, or the path of a `.npy` file, such as `save` writes.
+
+        Raises:
+            KeyError: for an unknown table.
+            TypeError: for weights of any other dtype.
+            ValueError: for another shape, a file that is no whole `.npy` file, or a finite weight that would be
+                infinite in the table's dtype.
+            FileNotFoundError: if there is no such file.
+            RuntimeError: while a pipeline has the store open, or a cache holds newer rows.
+
+        Nothing has changed when one of these is raised.
+
+        >>> store = HostStore({"item": Table(2, 3)}, optimizer=optax.sgd(0.1))
+        >>> store.load("item", [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        >>> store.rows("item", [1]).tolist(), store.loaded
+        ([[4.0, 5.0, 6.0]], True)
+        """
+        group, position = self.locate(table)
+        weights = _Weights(table, self.tables[table], source)
+        with self._lock:  # no pipeline opens the store meanwhile
+            if self._pipeline is not None:
+                raise RuntimeError(
+                    f"load({table!r}): the store serves an open LookAhead, whose cache would go on with the old rows: "
+                    "load before its `with` block or after it"
+                )
+            self._refuse_behind("loaded")
+            weights.check_range()
+            self.loaded = True
+            group.fill(position, weights)
+
+    def save(self, table: str, path: str | os.PathLike) -> None:
+        """Writes the weights of all rows of a table to a `.npy` file `[rows, dim]`, which `load` and `numpy.load` read.
+
+        Rows that were never written are in it with their initial weights; optimizer state and master copies are not.
+        A file of that name is replaced once the new one is complete. `load` of the file gives the same weights.
+
+        Args:
+            table: its name.
+            path: taken as it is, no `.npy` is appended. Bfloat16, which `.npy` files do not know, is written as float32
+                (exactly), other weights in the table's dtype.
+
+        Raises:
+            KeyError: for an unknown table.
+            RuntimeError: if newer values lie in a cache that was not flushed.
+            OSError: if the disk has no room for the file, or it cannot be written.
+
+        >>> import tempfile
+        >>> store = HostStore({"item": Table(2, 3)}, optimizer=optax.sgd(0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store.save("item", folder + "/item.npy")
+        ...     np.load(folder + "/item.npy").shape
+        (2, 3)
+        """
+        group, position = self.locate(table)
+        self._refuse_behind("saved")
+        shape = (int(self.tables[table].rows), int(self.tables[table].dim))
+        dtype = np.dtype(np.float32) if group.group.dtype == _BFLOAT16 else group.group.dtype
+        path = Path(path)
+        size, free = shape[0] * shape[1] * dtype.itemsize, shutil.disk_usage(path.parent).free
+        if size > free:
+            raise OSError(errno.ENOSPC, f"table {table!r} takes {size:,} bytes, {free:,} are free for", str(path))
+        partial = path.with_name(path.name + ".part")
+        try:
+            with open(partial, "wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for weights in group.chunks(position):
+                    file.write(weights.astype(dtype, copy=False).data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._refuse_behind("saved")  # training that began meanwhile, in another thread
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _refuse_behind(self, done: str) -> None:
+        if self._behind:
+            raise RuntimeError(
+                f"the newest rows are still in the cache: call `cache = ahead.flush(cache)` before the store is {done}"
+            )
 
     # What the pipeline tells the store, so that a second pipeline, a read of old rows and a stale cache are errors.
 
@@ -201,6 +424,111 @@ class HostStore:
         """Notes that a cache now holds newer rows."""
         self._behind = True
 
-    def catch_up(self, scalars: tuple[np.ndarray, ...], step: int) -> None:
-        """Notes that every row is here as of `step`, with the optimizer's scalars."""
-        self.scalars, self.step, self._behind = scalars, step, False
+    def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
+        """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""
+        for group, values in zip(self.groups, scalars, strict=True):
+            group.scalars = values
+        self.step, self._behind = step, False
+
+
+def _with_optimizers(tables: Mapping[str, Table], optimizer: optax.GradientTransformation | None) -> dict[str, Table]:
+    """The tables, each with the optimizer that updates it; frozen ones keep none."""
+    given = {}
+    for name, table in tables.items():
+        if table.optimizer is None and not table.frozen:
+            if optimizer is None:
+                raise ValueError(
+                    f"table {name!r} has no optimizer: give one to all tables without, HostStore(tables, "
+                    "optimizer=jc.rowwise_adagrad(0.05)), or to this one, Table(..., optimizer=...), or freeze it, "
+                    "Table(..., frozen=True)"
+                )
+            table = replace(table, optimizer=optimizer)
+        given[name] = table
+    return given
+
+
+def _row_store(tables: Mapping[str, Table], seed: int) -> RowStore:
+    """The rows of tables of one format."""
+    table = next(iter(tables.values()))
+    optimizer = RowOptimizer(table.optimizer, table.dim, table.dtype, table.rounding, table.master_copy)
+    return RowStore(Group.stack(tables), optimizer, seed)
+
+
+def _spans(table: Table) -> Iterator[tuple[int, int]]:
+    """Ids from start to stop, all those of a table, a chunk at a time."""
+    rows, step = int(table.rows), max(1, _CHUNK // int(table.dim))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class _Weights:
+    """What a table is to be loaded from, checked: slices of it are arrays `float[N, dim]`."""
+
+    def __init__(self, name: str, table: Table, source: Any):
+        self._name, self._table = name, table
+        self._array = self._opened(source)
+        self._dtype = self._checked_dtype(self._array.dtype)
+        found, expected = tuple(self._array.shape), (table.rows, table.dim)
+        if found != expected:
+            raise ValueError(f"{self._refused} of shape {found}: its rows and dim are {expected}")
+
+    @property
+    def _refused(self) -> str:
+        return f"table {self._name!r} cannot be loaded from {self._from}"
+
+    def _opened(self, source: Any) -> Any:
+        if isinstance(source, str | os.PathLike):
+            self._from = f"the file {os.path.abspath(source)}"
+            try:
+                return np.lib.format.open_memmap(source, mode="r")
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, f"{self._refused}: no such file") from None
+            except (ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{self._refused}: it is no whole .npy file as numpy.save and HostStore.save write them ({error})"
+                ) from error
+        self._from = "an array"
+        if hasattr(source, "shape") and isinstance(getattr(source, "dtype", None), np.dtype):
+            return source  # JAX arrays, among others, would be copied as a whole
+        self._from = f"a {type(source).__name__}"
+        try:
+            return np.asarray(source)
+        except ValueError as error:
+            raise ValueError(f"{self._refused} that is no array: {error}") from error
+
+    def _checked_dtype(self, found: np.dtype) -> np.dtype:
+        """The dtype that the values have."""
+        if found == np.dtype("V2"):  # what numpy.save makes of bfloat16
+            if self._table.dtype == _BFLOAT16:
+                return _BFLOAT16
+            raise TypeError(
+                f"{self._refused} of 2 bytes a weight that say no dtype, as numpy.save leaves of bfloat16: give the "
+                "array, array.view(ml_dtypes.bfloat16)"
+            )
+        if found == _BFLOAT16 or (np.issubdtype(found, np.floating) and found.itemsize <= 8):
+            return found
+        raise TypeError(
+            f"{self._refused} of {found}: weights must be float32, float64, float16 or bfloat16 "
+            "(array.astype(np.float32))"
+        )
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        array = np.asarray(self._array[rows])
+        return array.view(self._dtype) if array.dtype.kind == "V" else array
+
+    def check_range(self) -> None:
+        """Raises ValueError if a finite weight is infinite in the table's dtype."""
+        dtype = self._table.dtype
+        largest = float(ml_dtypes.finfo(dtype).max)
+        if float(ml_dtypes.finfo(self._dtype).max) <= largest:
+            return
+        for start, stop in _spans(self._table):
+            weights = self[start:stop]
+            with np.errstate(over="ignore"):
+                lost = np.isinf(weights.astype(np.float32).astype(dtype)) & np.isfinite(weights)
+            if lost.any():
+                row, column = np.argwhere(lost)[0]
+                raise ValueError(
+                    f"{self._refused}: row {start + row} has {weights[row, column]} in column {column}, but the "
+                    f"largest {dtype} is {largest:.5g}: give the table a wider dtype, or scale the weights"
+                )

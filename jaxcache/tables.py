@@ -120,7 +120,7 @@ class Table:
     rows: int
     dim: int
     initializer: Initializer = uniform()
-    dtype: Any = np.dtype(np.float32)
+    dtype: Any = np.float32
     rounding: Literal["nearest", "stochastic"] = "nearest"
     master_copy: bool = False
     optimizer: Any = None
@@ -132,16 +132,18 @@ class Table:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most:
                 raise ValueError(f"Table({name}={value!r}): {name} must be an integer from 1 to {most:,}")
         object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
-        for name, value, choices in (
-            ("rounding", self.rounding, ("nearest", "stochastic")),
-            ("out_of_range", self.out_of_range, ("error", "ignore")),
-            ("master_copy", self.master_copy, (False, True)),
-            ("frozen", self.frozen, (False, True)),
-        ):
-            if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-                raise ValueError(f"Table({name}={value!r}): {name} must be {choices[0]!r} or {choices[1]!r}")
+        choices: dict[str, tuple[Any, Any]] = {
+            "rounding": ("nearest", "stochastic"),
+            "out_of_range": ("error", "ignore"),
+            "master_copy": (False, True),
+            "frozen": (False, True),
+        }
+        for name, (one, other) in choices.items():
+            found = getattr(self, name)
+            if type(found) is not type(one) or found not in (one, other):
+                raise ValueError(f"Table({name}={found!r}): {name} must be {one!r} or {other!r}")
         if self.rounding == "stochastic" and (self.dtype == np.float32 or self.master_copy):
-            why = "of float32 weights" if self.dtype == np.float32 else "beside a master copy, from which nothing is lost"
+            why = "beside a master copy, from which nothing is lost" if self.master_copy else "of float32 weights"
             raise ValueError(f'Table(rounding="stochastic"): there is no rounding {why}')
         if self.master_copy and self.dtype == np.float32:
             raise ValueError("Table(master_copy=True): the weights are float32 themselves, set dtype to a narrower one")
@@ -192,9 +194,15 @@ class Group:
             TypeError: for a name that is no string or a value that is no `Table`.
         """
         check_tables(tables)
-        formats = {name: _format(table) for name, table in tables.items()}
-        if len(set(formats.values())) > 1:
-            raise ValueError(f"stacked tables must have one dim, one dtype and one optimizer, got {formats}")
+        first, *others = tables
+        for name in others:
+            pairs = zip(_FORMAT, _format(tables[first]), _format(tables[name]), strict=True)
+            different = [what for what, one, other in pairs if one != other]
+            if different:
+                raise ValueError(
+                    f"tables {first!r} and {name!r} cannot be stacked, they differ in {', '.join(different)}: "
+                    "stackable(tables) parts them into those that can"
+                )
         if sum(int(table.rows) for table in tables.values()) >= 2**64:
             raise ValueError(
                 "tables of one dim, dtype and optimizer hold 2**64 rows or more in all: give some an optimizer object "
@@ -276,10 +284,13 @@ class Group:
         return weights
 
 
+_FORMAT = ("dim", "dtype", "rounding", "master_copy", "frozen", "optimizer")
+
+
 def _format(table: Table) -> tuple:
-    """What tables that share a buffer have in common."""
+    """What tables that share a buffer have in common: `_FORMAT`."""
     # An optimizer is known by the object: two of optax.adam(1e-3) compare unequal.
-    return (table.dim, str(table.dtype), table.rounding, table.master_copy, table.frozen, id(table.optimizer))
+    return (*(getattr(table, name) for name in _FORMAT[:-1]), id(table.optimizer))
 
 
 def check_tables(tables: Mapping[str, Table]) -> None:
@@ -307,26 +318,42 @@ def stackable(tables: Mapping[str, Table]) -> list[dict[str, Table]]:
     return list(parts.values())
 
 
-def check_ids(ids: np.ndarray, feature: str, rows: int) -> np.ndarray:
-    """A new C-ordered `int64` array of `ids`, of the same shape: what was checked stays so, whoever writes into `ids`.
+def widen_ids(ids: Any, feature: str) -> np.ndarray:
+    """A new C-ordered `int64` array of `ids`, of the same shape: what is checked stays so, whoever writes into `ids`.
 
-    Raises:
-        TypeError: for anything but integers.
-        ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
+    Unsigned ids of 2**63 or more become negative. Raises TypeError for anything but integers.
     """
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(array.shape, np.int64)  # an empty list has no dtype of its own
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"ids of feature {feature!r} are {array.dtype}; ids must be integers (ids.astype(np.int64))")
+    return array.astype(np.int64, order="C")
+
+
+def out_of_range(ids: np.ndarray, rows: int) -> np.ndarray:
+    """Whether each of `ids` (`int64`) lies outside 0 to `rows` - 1."""
     # One unsigned comparison finds both: a negative id is a huge unsigned one.
-    flat = array.reshape(-1)
-    wide = flat.astype(np.int64)
-    wrong = wide.view(np.uint64) >= np.uint64(rows)
+    return ids.view(np.uint64) >= np.uint64(rows)
+
+
+def id_error(ids: Any, place: int, feature: str, rows: int) -> ValueError:
+    """The error that says which id is out of range: that of lookup `place` of `ids`."""
+    return ValueError(
+        f"feature {feature!r} has id {int(np.asarray(ids).reshape(-1)[place])} at lookup {place}; "
+        f"ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
+    )
+
+
+def check_ids(ids: Any, feature: str, rows: int) -> np.ndarray:
+    """The `ids` as `widen_ids` returns them, all of them in range.
+
+    Raises:
+        TypeError: for anything but integers.
+        ValueError: for a negative id, or one that is not below `rows`, naming the first and its place.
+    """
+    wide = widen_ids(ids, feature)
+    wrong = out_of_range(wide.reshape(-1), rows)
     if wrong.any():
-        place = int(np.argmax(wrong))
-        raise ValueError(
-            f"feature {feature!r} has id {int(flat[place])} at lookup {place}; "
-            f"ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
-        )
-    return wide.view(np.int64).reshape(array.shape)
+        raise id_error(ids, int(np.argmax(wrong)), feature, rows)
+    return wide

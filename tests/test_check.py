@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxcache as jc
+from training import replace_group
 
 SLOTS = 10
 TABLES = {"user": jc.Table(6, 3), "item": jc.Table(2**40, 3, jc.normal())}
@@ -82,7 +83,7 @@ def test_a_sound_state_passes(optimizer):
 
 def test_a_state_between_steps_passes_without_a_flush(behind):
     cache, store = behind
-    assert store.behind and 0 < int(cache.dirty.sum()) < int((cache.counts > 0).sum()) < SLOTS  # dirty, clean and free
+    assert store.behind and 0 < int(cache.groups[0].dirty.sum()) < int((cache.groups[0].counts > 0).sum()) < SLOTS  # dirty, clean and free
     jc.check(cache, store)
 
 
@@ -100,20 +101,22 @@ def test_a_state_between_exchange_and_update_passes():
 
 
 def occupied_slots(cache, table):
-    return np.flatnonzero(np.asarray(cache.slot_table)[:, 0] == table)
+    return np.flatnonzero(np.asarray(cache.groups[0].slot_table)[:, 0] == table)
 
 
 def free_slot(cache):
-    return int(occupied_slots(cache, jc.CacheState.FREE)[0])
+    return int(occupied_slots(cache, jc.GroupCache.FREE)[0])
 
 
 def replace(field, change):
     """A corruption of one array, of which `change` alters a copy."""
 
     def corrupt(cache):
-        array = np.array(getattr(cache, field))
+        whole = field in ("step", "exchanged", "fault")
+        array = np.array(getattr(cache if whole else cache.groups[0], field))
         array = change(cache, array) if array.ndim == 0 else (change(cache, array), array)[1]
-        return dataclasses.replace(cache, **{field: jnp.asarray(array)})
+        fields = {field: jnp.asarray(array)}
+        return dataclasses.replace(cache, **fields) if whole else replace_group(cache, **fields)
 
     return corrupt
 
@@ -148,17 +151,18 @@ def in_buffer(leaf_number, change):
     """A corruption of one leaf of the buffer: the weights, then the optimizer's."""
 
     def corrupt(cache):
-        leaves, treedef = jax.tree.flatten(cache.buffer)
+        leaves, treedef = jax.tree.flatten(cache.groups[0].buffer)
         leaf = np.array(leaves[leaf_number])
         change(cache, leaf)
         leaves[leaf_number] = jnp.asarray(leaf)
-        return dataclasses.replace(cache, buffer=treedef.unflatten(leaves))
+        return replace_group(cache, buffer=treedef.unflatten(leaves))
 
     return corrupt
 
 
 def flip_one_bit(cache, leaf):
-    leaf[int(np.flatnonzero(~np.asarray(cache.dirty) & (np.asarray(cache.counts) > 0))[0]), 1:2].view(np.uint32)[:] ^= 1
+    (group,) = cache.groups
+    leaf[int(np.flatnonzero(~np.asarray(group.dirty) & (np.asarray(group.counts) > 0))[0]), 1:2].view(np.uint32)[:] ^= 1
 
 
 def write_free_slot(cache, leaf):
@@ -175,11 +179,11 @@ def first_user(cache):
 
 ANYWHERE = {
     "another optimizer": (
-        lambda cache: dataclasses.replace(cache, optimizer=jc.RowOptimizer(optax.sgd(0.1), 3)),
+        lambda cache: replace_group(cache, optimizer=jc.RowOptimizer(optax.sgd(0.1), 3)),
         "state and store have one configuration",
     ),
     "other tables": (
-        lambda cache: dataclasses.replace(cache, group=jc.Group.stack({"user": jc.Table(7, 3)})),
+        lambda cache: replace_group(cache, group=jc.Group.stack({"user": jc.Table(7, 3)})),
         "state and store have one configuration",
     ),
     "fault": (set_number("fault", jc.CacheState.UPDATE_MISMATCH), "no fault was met, but fault is 2"),
@@ -210,17 +214,17 @@ AFTER_FLUSH = {
         "the store knows the step of the last flush",
     ),
     "scalars": (
-        lambda cache: dataclasses.replace(cache, scalars=(cache.scalars[0] + 1,)),
+        lambda cache: replace_group(cache, scalars=(cache.groups[0].scalars[0] + 1,)),
         "the store has the scalars of the last flush",
     ),
 }
 BEHIND = {
     "dirty without a lookup": (
-        lambda cache: dataclasses.replace(cache, counts=jnp.where(cache.dirty, 0, cache.counts)),
+        lambda cache: replace_group(cache, counts=jnp.where(cache.groups[0].dirty, 0, cache.groups[0].counts)),
         "a dirty row was looked up",
     ),
     "dirty row that claims to be clean": (
-        lambda cache: dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)),
+        lambda cache: replace_group(cache, dirty=jnp.zeros_like(cache.groups[0].dirty)),
         "a clean row equals the store's bit for bit",
     ),
 }
@@ -251,28 +255,31 @@ def test_a_corruption_of_dirty_rows_is_caught(behind, corrupt, message):
 
 def test_a_row_changed_in_the_store_is_caught(flushed):
     cache, store = flushed
-    keys = store.group.keys(0, np.array([5]))
-    row = store.read(keys)
-    changed = store.read(keys)
+    (rows,) = store.groups
+    keys = rows.group.keys(0, np.array([5]))
+    row = rows.read(keys)
+    changed = rows.read(keys)
     changed.state[0][0, 0] += 1
-    store.write(keys, changed)
+    rows.write(keys, changed)
     with pytest.raises(AssertionError, match="a clean row equals the store's bit for bit"):
         jc.check(cache, store)
-    store.write(keys, row)
+    rows.write(keys, row)
     jc.check(cache, store)
 
 
 def test_a_number_kept_for_a_row_is_compared_too():
     store = jc.HostStore(TABLES, optimizer=scalar_leaf())
     cache = train(store)
-    [leaf] = cache.buffer.state
+    (group,) = cache.groups
+    [leaf] = group.buffer.state
     assert leaf.ndim == 1
-    wrong = dataclasses.replace(cache, buffer=cache.buffer._replace(state=(leaf.at[3].add(1.0),)))
+    wrong = replace_group(cache, buffer=group.buffer._replace(state=(leaf.at[3].add(1.0),)))
     catches(cache, store, lambda _: wrong, "a clean row equals the store's bit for bit (slot 3, 1 in all)")
 
 
 def test_the_error_names_the_first_slot_and_how_many_there_are(flushed):
     cache, store = flushed
-    first = int((cache.counts > 0).sum())
-    wrong = dataclasses.replace(cache, counts=cache.counts.at[first:].add(1))
+    counts = cache.groups[0].counts
+    first = int((counts > 0).sum())
+    wrong = replace_group(cache, counts=counts.at[first:].add(1))
     catches(cache, store, lambda _: wrong, f"a free slot has no lookups (slot {first}, {SLOTS - first} in all)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +17,7 @@ from training import (
     loss_function,
     make_batches,
     make_store,
+    replace_group,
     train,
 )
 
@@ -73,11 +72,11 @@ def test_flushing_after_every_step_changes_no_bit_and_leaves_residency():
     tables = []
 
     def between(ahead, cache, step):
-        before = np.array(cache.slot_table)
+        before = np.array(cache.groups[0].slot_table)
         cache = ahead.flush(cache)
         jc.check(cache, ahead._store)
         assert ahead._store.step == step
-        np.testing.assert_array_equal(cache.slot_table, before)
+        np.testing.assert_array_equal(cache.groups[0].slot_table, before)
         tables.append(before)
         return cache
 
@@ -109,9 +108,9 @@ def test_counts_are_the_lookups_since_a_row_came_in(slots, window):
             for row in ids:
                 lookups[table, int(row)] = lookups.get((table, int(row)), 0) + 1
                 total += 1
-        counts = np.array(cache.counts)
-        for slot, (table, high, low) in enumerate(np.array(cache.slot_table).tolist()):
-            assert high in (0, jc.CacheState.FREE)
+        counts = np.array(cache.groups[0].counts)
+        for slot, (table, high, low) in enumerate(np.array(cache.groups[0].slot_table).tolist()):
+            assert high in (0, jc.GroupCache.FREE)
             row, count = expected.get(slot, (None, 0))
             if row != (table, low):
                 count = 0  # it came in for this batch
@@ -130,10 +129,10 @@ def test_the_count_of_a_hot_row_stays_at_the_most_that_an_integer_holds():
     counts = []
 
     def between(ahead, cache, step):
-        counts.append(np.array(cache.counts))
+        counts.append(np.array(cache.groups[0].counts))
         if step == 1:
-            near = jnp.where(cache.counts > 0, jnp.int32(most - 3), cache.counts)
-            cache = dataclasses.replace(cache, counts=near)
+            near = jnp.where(cache.groups[0].counts > 0, jnp.int32(most - 3), cache.groups[0].counts)
+            cache = replace_group(cache, counts=near)
         return cache
 
     train(make_store("sgd"), [*make_batches(3, ["equal"])] * 3, 20, between=between)

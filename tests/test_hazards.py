@@ -32,13 +32,14 @@ def no_thread_outlives_its_test():
 
 
 def slowed(store: jc.HostStore, name: str, seconds: float) -> jc.HostStore:
-    original = getattr(store, name)
+    (group,) = store.groups
+    original = getattr(group, name)
 
     def slow(*arguments, **keywords):
         time.sleep(seconds)
         return original(*arguments, **keywords)
 
-    setattr(store, name, slow)
+    setattr(group, name, slow)
     return store
 
 
@@ -188,14 +189,14 @@ class DiskFull(Exception):
 def test_an_error_of_the_writer_reaches_the_caller():
     store = make_store("sgd")
     calls = itertools.count()
-    write = store.write
+    write = store.groups[0].write
 
     def failing(keys, rows):
         if next(calls) == 2:
             raise DiskFull("no space")
         write(keys, rows)
 
-    store.write = failing
+    store.groups[0].write = failing
     seen = []
     with pytest.raises(DiskFull, match="no space"):  # noqa: SIM117
         with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=2) as ahead:
@@ -214,7 +215,7 @@ def test_an_error_of_the_writer_is_raised_at_exit_if_nobody_asked_before():
     def failing(keys, rows):
         raise DiskFull
 
-    store.write = failing
+    store.groups[0].write = failing
     with pytest.raises(DiskFull):  # noqa: SIM117
         with jc.LookAhead(store, BATCHES[:2], ids=lambda b: b["ids"], slots=16, window=1) as ahead:
             train_two_steps(ahead)
@@ -223,14 +224,14 @@ def test_an_error_of_the_writer_is_raised_at_exit_if_nobody_asked_before():
 @pytest.mark.parametrize("place", ["inside", "after"])
 def test_victims_whose_write_back_failed_once_are_written_by_flush(place):
     store, calls = make_store("adam"), itertools.count()
-    write = store.write
+    write = store.groups[0].write
 
     def failing_once(keys, rows):
         if next(calls) == 1:
             raise DiskFull("for a moment")
         write(keys, rows)
 
-    store.write = failing_once
+    store.groups[0].write = failing_once
     steps = 0
     with pytest.raises(DiskFull):  # noqa: SIM117
         with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=2) as ahead:
@@ -264,7 +265,7 @@ def test_a_write_back_that_fails_beside_another_error_is_noted():
     def failing(keys, rows):
         raise DiskFull("no space")
 
-    store.write = failing
+    store.groups[0].write = failing
     with pytest.raises(LoaderBroke) as caught:  # noqa: SIM117
         with jc.LookAhead(store, BATCHES, ids=lambda b: b["ids"], slots=16, window=1) as ahead:
             train_two_steps(ahead)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import jaxcache as jc
 import oracle
 from jaxcache.batches import Batch
+from jaxcache.features import Features
 from test_shapes import compiling
 from training import ROWS, SAMPLES, TABLES, dense_start, make_batches, make_store, most_unique_rows, train, train_step
 
@@ -251,7 +252,7 @@ def test_auto_looks_as_far_as_the_bound_on_batches_lets_it():
 
 
 def test_auto_looks_as_far_as_the_bound_on_bytes_lets_it():
-    bytes_of_a_batch = Batch.read(BATCHES[0], lambda b: b["ids"], make_store("sgd").group).nbytes
+    bytes_of_a_batch = Batch.read(BATCHES[0], lambda b: b["ids"], Features([make_store("sgd").groups[0].group])).nbytes
     assert bytes_of_a_batch >= sum(leaf.nbytes for leaf in jax.tree.leaves(BATCHES[0]))
     reports = {
         most: train_with(None, BATCHES, 20, max_window_bytes=most).report

@@ -297,7 +297,7 @@ GOOD = {"user": np.array([1, 2]), "label": np.zeros((2, 3), np.float32)}
         ({**GOOD, "user": np.array([[1], [2]])}, ValueError, "batch 1 are not like"),
         ({**GOOD, "user": np.array([1.0, 2.0])}, TypeError, "'user' are float64; ids must be integers"),
         ({**GOOD, "user": np.array([1, -2])}, ValueError, "'user' has id -2 at lookup 1"),
-        ({**GOOD, "user": np.array(1)}, ValueError, "same samples"),
+        ({**GOOD, "user": np.array(1)}, ValueError, "are a single number"),
         ({"label": GOOD["label"]}, KeyError, "user"),
     ],
 )

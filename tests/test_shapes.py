@@ -13,8 +13,9 @@ import optax
 import pytest
 
 import jaxcache as jc
+from jaxcache.features import FeatureLayout
 from jaxcache.optimizers import Rows
-from jaxcache.state import Exchange, apply_exchange
+from jaxcache.state import Counters, GroupExchange, exchange_group
 from training import (
     OPTIMIZERS,
     SAMPLES,
@@ -99,7 +100,7 @@ def test_the_bound_on_unique_rows_grows_by_doubling_and_is_reported():
         for _, plan in ahead:
             cache = ahead.exchange(cache, plan)
             cache = jc.update(cache, plan, jc.lookup(cache, plan))
-            bounds.append(len(plan.unique_slots))
+            bounds.append(len(plan.groups[0].unique_slots))
         ahead.flush(cache)
     assert bounds == [128, 128, 256, 256, 512, 600, 600]
     assert ahead.report().bound_growths == 3 and ahead.report().unique_bound == 600
@@ -146,10 +147,11 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
         return jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
 
     integer = shape((), jnp.int32)
-    plan = jc.Plan(
-        shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32), integer, integer,
-        (("user", (samples,)), ("item", (samples,))),
-    )  # fmt: skip
+    part = jc.GroupPlan(
+        shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32)
+    )
+    features = tuple(FeatureLayout(name, 0, None, (samples,)) for name in tables)
+    plan = jc.Plan((part,), {}, {}, integer, integer, features)
 
     def step(cache, plan, dense, labels):
         rows = jc.lookup(cache, plan)
@@ -158,14 +160,15 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
 
     rows = Rows(
         shape((unique, dim), jnp.float32),
-        tuple(shape((unique, *leaf.shape), leaf.dtype) for leaf in store.optimizer.row_shapes),
+        tuple(shape((unique, *leaf.shape), leaf.dtype) for leaf in store.groups[0].optimizer.row_shapes),
     )
-    exchange = Exchange(shape((unique,), jnp.int32), shape((unique, 3), jnp.int32), rows, integer)
+    exchange = GroupExchange(shape((unique,), jnp.int32), shape((unique, 3), jnp.int32), rows)
+    (group,) = state.groups
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    buffers = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.buffer))
+    buffers = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(group.buffer))
     for analysis in (
         compiled(step, state, plan, shape((2 * dim,), jnp.float32), shape((samples,), jnp.float32)),
-        compiled(apply_exchange, state, exchange),
+        compiled(exchange_group, group, Counters(integer, integer, integer), exchange, integer),
     ):
         assert analysis.temp_size_in_bytes < buffers / 50
         assert analysis.alias_size_in_bytes >= 0.99 * whole
@@ -283,4 +286,4 @@ def test_state_that_starts_from_the_weights_compiles_for_a_few_sizes_only():
     train(make_store(transformation), batches, 16)
     before = len(_compilations)
     train(store := make_store(transformation), batches, 16)
-    assert len(_compilations) - before < 12 and store.optimizer.row_shapes
+    assert len(_compilations) - before < 12 and store.groups[0].optimizer.row_shapes

@@ -1,12 +1,15 @@
 """Tables and groups: initial weights are pure functions of a row's place, keys round-trip, errors are clear."""
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcache as jc
-from jaxcache.tables import MAX_ROWS, check_ids
+from jaxcache.tables import MAX_ROWS, check_ids, stackable
 
 INITIALIZERS = {"uniform": jc.uniform(), "uniform(0.5)": jc.uniform(0.5), "normal": jc.normal(0.1, mean=2.0)}
 initializers = pytest.mark.parametrize("initializer", INITIALIZERS.values(), ids=INITIALIZERS)
@@ -127,8 +130,18 @@ def test_a_table_takes_integers_of_numpy_and_the_largest_sizes():
 def test_a_group_refuses_what_cannot_be_stacked():
     with pytest.raises(ValueError, match="at least one table"):
         jc.Group.stack({})
-    with pytest.raises(ValueError, match=r"one dim, got \{'user': 4, 'item': 8\}"):
-        jc.Group.stack({"user": jc.Table(10, 4), "item": jc.Table(10, 8)})
+    user = jc.Table(10, 4)
+    for item, differs in (
+        (jc.Table(10, 8), "dim"),
+        (jc.Table(10, 4, dtype="bfloat16"), "dtype"),
+        (jc.Table(10, 4, dtype="float16", rounding="stochastic"), "dtype, rounding"),
+        (jc.Table(10, 8, dtype="float16", master_copy=True), "dim, dtype, master_copy"),
+        (jc.Table(10, 4, frozen=True), "frozen"),
+        (jc.Table(10, 4, optimizer=optax.sgd(0.1)), "optimizer"),
+    ):
+        message = f"tables 'user' and 'item' cannot be stacked, they differ in {differs}: stackable"
+        with pytest.raises(ValueError, match=message):
+            jc.Group.stack({"user": user, "friend": user, "item": item})
     with pytest.raises(TypeError, match="got 'user': int"):
         jc.Group.stack({"user": 10})
     with pytest.raises(TypeError, match="got 3: Table"):
@@ -137,6 +150,96 @@ def test_a_group_refuses_what_cannot_be_stacked():
     assert jc.Group.stack({**two, "c": jc.Table(1, 4)}).rows == 2**64 - 1
     with pytest.raises(ValueError, match=r"2\*\*64 rows or more"):
         jc.Group.stack({**two, "c": jc.Table(2, 4)})
+
+
+SHARED = optax.sgd(0.1)
+FORMATS = [
+    {},
+    {"dim": 8},
+    {"dtype": np.float16},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "rounding": "stochastic"},
+    {"dtype": "bfloat16", "master_copy": True},
+    {"frozen": True},
+    {"frozen": True, "dtype": "bfloat16"},
+    {"optimizer": SHARED},
+    {"optimizer": optax.sgd(0.1)},  # equal, but another object
+]
+
+
+@given(st.lists(st.sampled_from(range(len(FORMATS))), min_size=1, max_size=20), st.data())
+def test_stackable_parts_tables_by_format_and_keeps_their_order(formats, data):
+    tables, expected = {}, {}
+    for place, number in enumerate(formats):
+        # What does not keep tables apart: rows, initialiser, what becomes of ids that are out of range.
+        rows, initializer = data.draw(st.integers(1, 100)), data.draw(st.sampled_from(list(INITIALIZERS.values())))
+        out_of_range = data.draw(st.sampled_from(["error", "ignore"]))
+        format = {"dim": 4, **FORMATS[number]}
+        table = jc.Table(rows, initializer=initializer, out_of_range=out_of_range, **format)
+        tables[f"t{place}"] = table
+        expected.setdefault(number, {})[f"t{place}"] = table
+    parts = stackable(tables)
+    assert [list(part.items()) for part in parts] == [list(part.items()) for part in expected.values()]
+    for part, number in zip(parts, expected, strict=True):
+        group = jc.Group.stack(part)
+        assert group.name == next(iter(part)) and group.names == tuple(part)
+        assert group.dtype == np.dtype(FORMATS[number].get("dtype", "float32"))
+        assert group.frozen == FORMATS[number].get("frozen", False)
+
+
+def test_groups_of_equal_tables_are_equal_whatever_their_optimizers():
+    """Optimizers are compared by value, as RowOptimizer; a group with the object in it would never equal another."""
+    one, other = (jc.Group.stack({"t": jc.Table(10, 4, optimizer=optax.adam(0.1))}) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert one != jc.Group.stack({"t": jc.Table(10, 4, dtype="float16")})
+
+
+def test_streams_stand_for_seed_and_name():
+    tables = {"user": jc.Table(10, 4), "item": jc.Table(10, 4)}
+    group = jc.Group.stack(tables)
+    streams = group.streams(3)
+    assert streams.dtype == np.uint64 and streams.shape == (2,)
+    found = {
+        *streams.tolist(),
+        *group.streams(4).tolist(),
+        *jc.Group.stack({"word": jc.Table(9, 2)}).streams(3).tolist(),
+    }
+    assert len(found) == 5
+    np.testing.assert_array_equal(jc.Group.stack(dict(reversed(tables.items()))).streams(3), streams[::-1])
+    np.testing.assert_array_equal(group.streams(3 - 2**64), streams)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float64"}, r"Table\(dtype='float64'\): dtype must be float32, bfloat16 or float16"),
+        ({"dtype": np.int8}, "dtype must be float32, bfloat16 or float16"),
+        ({"dtype": "no such"}, r"Table\(dtype='no such'\): dtype must be"),
+        ({"dtype": None}, r"Table\(dtype=None\): dtype must be"),
+        ({"rounding": "up"}, r"Table\(rounding='up'\): rounding must be 'nearest' or 'stochastic'"),
+        ({"rounding": None}, "rounding must be 'nearest' or 'stochastic'"),
+        ({"master_copy": 1}, r"Table\(master_copy=1\): master_copy must be False or True"),
+        ({"frozen": "yes"}, "frozen must be False or True"),
+        ({"out_of_range": "wrap"}, "out_of_range must be 'error' or 'ignore'"),
+        ({"rounding": "stochastic"}, "no rounding of float32 weights"),
+        ({"dtype": "float16", "rounding": "stochastic", "master_copy": True}, "no rounding beside a master copy"),
+        ({"master_copy": True}, "float32 themselves, set dtype to a narrower one"),
+        ({"frozen": True, "optimizer": SHARED}, r"Table\(frozen=True\).*never trained has no optimizer"),
+        ({"frozen": True, "dtype": "float16", "rounding": "stochastic"}, "never trained.*no stochastic rounding"),
+        ({"frozen": True, "dtype": "float16", "master_copy": True}, "never trained.*no master copy"),
+    ],
+    ids=str,
+)
+def test_a_table_refuses_what_it_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jc.Table(10, 4, **arguments)
+
+
+@pytest.mark.parametrize("given_as", ["bfloat16", ml_dtypes.bfloat16, np.dtype("bfloat16"), jnp.bfloat16])
+def test_a_dtype_may_be_given_in_every_way_that_numpy_takes(given_as):
+    table = jc.Table(10, 4, dtype=given_as)
+    assert table == jc.Table(10, 4, dtype="bfloat16") and isinstance(table.dtype, np.dtype)
+    assert jc.Table(10, 4).dtype == np.float32 and isinstance(jc.Table(10, 4).dtype, np.dtype)
 
 
 def test_an_unknown_table_is_an_error_that_names_the_known_ones():

@@ -102,8 +102,8 @@ def test_counts_of_any_integers(dtype):
 
 def test_without_a_cache_slow_writes_are_the_report_s_bound():
     store = make_store("sgd")
-    write = store.write
-    store.write = lambda *arguments: (time.sleep(0.03), write(*arguments))
+    write = store.groups[0].write
+    store.groups[0].write = lambda *arguments: (time.sleep(0.03), write(*arguments))
     report = train(store, BATCHES, 20, window=None, policy=jc.no_cache()).report
     assert report.bound_by == "write-back"
     assert report.stages["write-back"].busy > 0.03 * 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,12 @@ def make_store(optimizer: str | optax.GradientTransformation, seed: int = 3) -> 
     return jc.HostStore(
         TABLES, optimizer=OPTIMIZERS[optimizer]() if isinstance(optimizer, str) else optimizer, seed=seed
     )
+
+
+def replace_group(cache: jc.CacheState, **fields: Any) -> jc.CacheState:
+    """The cache of a store of one group with some fields of that group replaced."""
+    (group,) = cache.groups
+    return dataclasses.replace(cache, groups=(dataclasses.replace(group, **fields),))
 
 
 @dataclass
