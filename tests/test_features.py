@@ -418,7 +418,7 @@ def test_device_bytes_are_a_bound_on_what_the_groups_take(device_bytes):
         cache = ahead.start()
         for _, plan in ahead:
             cache = step(ahead.exchange(cache, plan), plan)
-        ahead.flush(cache)
+        cache = ahead.flush(cache)
     jc.check(cache, store)
     groups = ahead.report().groups
     # Weights and two moments of float32; beside its row a slot takes three words, a count and a flag.
@@ -446,7 +446,9 @@ def test_slots_are_split_in_proportion_to_unique_rows_and_reported():
         groups = ahead.report().groups
         found = {name: group.slots for name, group in groups.items()}
         assert found == pytest.approx(dict(zip(("item", "word", "city"), numbers, strict=True)), abs=2), slots
-        assert sum(found.values()) <= sum(numbers) and cache.slots == tuple(found.values())
+        assert sum(found.values()) <= (slots if isinstance(slots, int) else 505) and cache.slots == tuple(
+            found.values()
+        )
         assert sum(group.rows_fetched for group in groups.values()) == ahead.report().rows_fetched
 
 
@@ -471,13 +473,15 @@ def test_gradients_of_frozen_features_may_be_left_out_and_those_of_others_may_no
         results.append(store)
     assert_same(*results)
 
-    for wrong in (lambda rows: {"tags": rows["tags"]}, lambda rows: {**rows, "tags": rows["tags"][:1]}):
-        with pytest.raises(ValueError, match="update needs the gradients of what lookup returned"):
-            train(
-                store,
-                [make_batch()],
-                step=lambda cache, plan, f=wrong: jc.update(cache, plan, f(jc.lookup(cache, plan))),
-            )
+    with look_ahead(store, [make_batch()]) as ahead:
+        cache = ahead.start()
+        _, plan = next(ahead)
+        cache = ahead.exchange(cache, plan)
+        rows = jc.lookup(cache, plan)
+        for wrong in ({"tags": rows["tags"]}, {**rows, "tags": rows["tags"][:1]}):
+            with pytest.raises(ValueError, match="update needs the gradients of what lookup returned"):
+                jc.update(cache, plan, wrong)
+        ahead.flush(jc.update(cache, plan, rows))
 
 
 def test_scalars_advance_in_groups_that_are_not_looked_up():

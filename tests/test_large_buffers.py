@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxcache.features import FeatureLayout
 
 import jaxcache as jc
 from jaxcache import kernels
+from jaxcache.features import FeatureLayout
 from jaxcache.state import Counters, GroupExchange, GroupPlan, exchange_group
 
 # A run

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import jaxcache as jc
@@ -29,7 +31,8 @@ def check_twins(configuration: Configuration) -> None:
     for report in (cached.report, uncached.report):
         assert {name: report.ignored.get(name, 0) for name in configuration.features} == configuration.ignored()
     if configuration.capacity == "bytes":
-        assert cached.report.device_bytes <= configuration.capacity_arguments(small)["device_bytes"]
+        # Counters, scalars and constants of the optimizers come on top.
+        assert cached.report.device_bytes <= configuration.capacity_arguments(small)["device_bytes"] + 256
     for name, kind in configuration.tables.items():
         if kind.keeps == "frozen":
             untouched = configuration.make_store().rows(name, np.arange(kind.rows))
@@ -42,20 +45,22 @@ def test_a_small_cache_gives_the_bits_of_full_residency(configuration):
     check_twins(configuration)
 
 
-def fuzz(examples: int) -> None:
-    """The same for many configurations: `python tests/test_mixed_twins.py 1000`."""
+def fuzz(seconds: float) -> None:
+    """The same, and the comparison below, for many configurations: `python tests/test_mixed_twins.py 600`."""
+    start, done = time.monotonic(), 0
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(configuration=configurations())
-    def check(configuration):
-        count.append(configuration)
-        if len(count) % 50 == 0:
-            jax.clear_caches()
-            print(len(count), flush=True)
-        check_twins(configuration)
+    def check(configuration, how):
+        nonlocal done
+        if time.monotonic() - start < seconds:
+            done += 1
+            if done % 50 == 0:
+                jax.clear_caches()
+                print(f"{done} in {time.monotonic() - start:.0f} s", flush=True)
+            how(configuration)
 
-    count: list[Configuration] = []
-    check()
+    for kinds, how in ((configurations(), check_twins), (plain_configurations(), check_against_dicts)) * 100:
+        every = settings(max_examples=40, database=None, derandomize=False, phases=[Phase.generate])
+        every(given(kinds)(partial(check, how=how)))()
 
 
 # In double precision, with dicts and loops
@@ -146,4 +151,6 @@ def test_a_small_cache_agrees_with_dicts_and_loops_in_double_precision(configura
 
 
 if __name__ == "__main__":
-    fuzz(int(sys.argv[1]))
+    import conftest  # noqa: F401 - strict JAX
+
+    fuzz(float(sys.argv[1]))

@@ -147,9 +147,7 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
         return jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
 
     integer = shape((), jnp.int32)
-    part = jc.GroupPlan(
-        shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32)
-    )
+    part = jc.GroupPlan(shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32))
     features = tuple(FeatureLayout(name, 0, None, (samples,)) for name in tables)
     plan = jc.Plan((part,), {}, {}, integer, integer, features)
 
