@@ -3,7 +3,7 @@
 from jaxcache.check import check
 from jaxcache.counts import count_ids, hottest_rows
 from jaxcache.features import Bags, Feature
-from jaxcache.optimizers import RowOptimizer, Rows, rowwise_adagrad
+from jaxcache.optimizers import RowOptimizer, Rows, catch_up_adam, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
 from jaxcache.policies import Policy, frequency, lfu, lookahead, lru, no_cache, scratchpipe, static
@@ -36,6 +36,7 @@ __all__ = [
     "Stage",
     "Table",
     "TooFewSlots",
+    "catch_up_adam",
     "check",
     "count_ids",
     "frequency",

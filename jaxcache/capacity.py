@@ -19,9 +19,7 @@ SLOT_BYTES = 17
 MEASURED_BATCHES = 8  # drawn to find the unique rows per batch of each group
 _MOST_SLOTS = 2**31 - 2  # a slot is an int32, and the number of slots is padding
 _UNITS = {"": 1, "b": 1} | {
-    unit + suffix: base**power
-    for power, unit in enumerate("kmgt", 1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
+    unit + suffix: base**power for power, unit in enumerate("kmgt", 1) for suffix, base in (("b", 1000), ("ib", 1024))
 }
 
 
@@ -48,6 +46,7 @@ class Capacity:
         cls,
         groups: Sequence[Group],
         row_bytes: Sequence[int],
+        fixed_bytes: int,
         slots: int | str | Mapping[str, int | str] | None,
         device_bytes: int | str | None,
     ) -> Capacity:
@@ -56,6 +55,7 @@ class Capacity:
         Args:
             groups: of the store.
             row_bytes: bytes of a row of each group.
+            fixed_bytes: bytes of a cache without slots: scalars and constants of the optimizers.
             slots, device_bytes: see `LookAhead`.
 
         Raises:
@@ -66,7 +66,7 @@ class Capacity:
             raise ValueError('LookAhead needs one of slots= (rows, or a share such as "1.5%") and device_bytes=')
         costs = (1,) * len(groups)
         if device_bytes is not None:
-            asked, budget = f"LookAhead(device_bytes={device_bytes!r})", _parse_bytes(device_bytes)
+            asked, budget = f"LookAhead(device_bytes={device_bytes!r})", _parse_bytes(device_bytes) - fixed_bytes
             costs = tuple(size + SLOT_BYTES for size in row_bytes)
         elif isinstance(slots, Mapping):
             asked = f"LookAhead(slots={dict(slots)!r})"
@@ -99,7 +99,7 @@ class Capacity:
 
         >>> from jaxcache.tables import Table
         >>> groups = [Group.stack({"user": Table(900, 4)}), Group.stack({"city": Table(50, 2)})]
-        >>> Capacity.parse(groups, [16, 8], slots=200, device_bytes=None).split(np.array([[30, 10], [50, 10]]))
+        >>> Capacity.parse(groups, [16, 8], 0, slots=200, device_bytes=None).split(np.array([[30, 10], [50, 10]]))
         (160, 40)
         """
         if self.slots is not None:
@@ -184,6 +184,7 @@ def _parse_bytes(size: Any) -> int:
         found = int(size)
     if found is None or found < 1:
         raise ValueError(
-            f'LookAhead(device_bytes={size!r}): device_bytes must be a positive number of bytes or a size such as "4GiB"'
+            f"LookAhead(device_bytes={size!r}): device_bytes must be a positive number of bytes, or a size such as "
+            '"4GiB"'
         )
     return found

@@ -65,9 +65,9 @@ def count_ids(
         for lookups, counted in zip(Batch.read(content, ids, known, hold=False).lookups, counts, strict=True):
             for table, rows in zip(lookups.tables, np.split(lookups.ids, lookups.starts[1:-1]), strict=True):
                 np.add.at(counted[table], rows, 1)
-    found = {
-        name: rows for g, counted in zip(groups, counts, strict=True) for name, rows in zip(g.names, counted, strict=True)
-    }
+    found: dict[str, np.ndarray] = {}
+    for group, counted in zip(groups, counts, strict=True):
+        found.update(zip(group.names, counted, strict=True))
     return {name: found[name] for name in by_name}
 
 

@@ -173,7 +173,9 @@ class Features:
         array = _as_array(name, bags.ids)
         ids, present, ignored = _present(array, name, feature, table)
         if array.ndim == 0:
-            raise ValueError(f"every feature needs ids for each sample, [B, ...]; those of {name!r} are a single number")
+            raise ValueError(
+                f"every feature needs ids for each sample, [B, ...]; those of {name!r} are a single number"
+            )
         number, bag_of = None, None
         if bags.offsets is not None:
             number, bag_of = _read_offsets(name, array, bags.offsets)
@@ -195,24 +197,20 @@ def _as_array(name: str, ids: Any) -> np.ndarray:
         raise ValueError(f"the ids of feature {name!r} are no array: {error}") from error
 
 
-def _present(
-    array: np.ndarray, name: str, feature: Feature, table: Table
-) -> tuple[np.ndarray, np.ndarray | None, int]:
+def _present(array: np.ndarray, name: str, feature: Feature, table: Table) -> tuple[np.ndarray, np.ndarray | None, int]:
     """The ids that look up a row, which ones they are (None if all), and how many were out of range."""
     rows = int(table.rows)
     ids = widen_ids(array, name).reshape(-1)
-    left_out = out_of_range(ids, rows)
-    wrong = left_out
-    if feature.padding is not None:
+    left_out = wrong = out_of_range(ids, rows)
+    # An unsigned id of 2**63 or more looks negative here, and is no padding.
+    if feature.padding is not None and (feature.padding >= 0 or array.dtype != np.uint64):
         padding = ids == feature.padding
-        if feature.padding < 0 and np.issubdtype(array.dtype, np.unsignedinteger):
-            padding[:] = False  # ids of 2**63 or more look negative here
         left_out, wrong = left_out | padding, left_out & ~padding
+    if not left_out.any():
+        return ids, None, 0
     ignored = int(np.count_nonzero(wrong))
     if ignored and table.out_of_range == "error":
         raise id_error(array, int(np.argmax(wrong)), name, rows)
-    if not left_out.any():
-        return ids, None, 0
     present = ~left_out
     return ids[present], present, ignored
 
@@ -237,8 +235,8 @@ def _read_offsets(name: str, ids: np.ndarray, offsets: Any) -> tuple[int, np.nda
             else f"end at {offsets[-1]}, and there are {len(ids)} ids"
         )
         raise ValueError(
-            f"the offsets of feature {name!r} {problem}: bag b is ids[offsets[b]:offsets[b + 1]], so they must rise from "
-            "0 to the number of ids"
+            f"the offsets of feature {name!r} {problem}: bag b is ids[offsets[b]:offsets[b + 1]], so they must rise "
+            "from 0 to the number of ids"
         )
     return len(lengths), np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 

@@ -135,7 +135,7 @@ def catch_up_adam(
         del parameters
         now = optax.safe_increment(state.count)
         # The count stays at the largest integer once it is there.
-        rested = jax.tree.map(lambda last: (now - last - 1).astype(jnp.float32), state.last)
+        rested = jax.tree.map(lambda last: jnp.maximum(now - last - 1, 0).astype(jnp.float32), state.last)
         mu = jax.tree.map(lambda moment, steps: moment * b1**steps, state.mu, rested)
         nu = jax.tree.map(lambda moment, steps: moment * b2**steps, state.nu, rested)
         steps, new = adam.update(gradients, optax.ScaleByAdamState(state.count, mu, nu))

@@ -188,7 +188,7 @@ class LookAhead:
 
     Args:
         store: the tables. It serves one open pipeline at a time.
-        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 6
+        loader: an iterable of batches, pytrees of arrays, drawn in a thread of its own. Those in the window and 8
             more are held by reference: NumPy arrays in them must not be written again unless `copy` is set. Those
             that were drawn and not trained when the loop is left are dropped.
         ids: maps a batch to its ids: a mapping of feature names to integer arrays `[B, ...]`, or to `Bags` of them,
@@ -281,7 +281,10 @@ class LookAhead:
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
         groups = [rows.group for rows in store.groups]
         self._features = Features(groups, features)
-        self._capacity = Capacity.parse(groups, [rows.row_bytes for rows in store.groups], slots, device_bytes)
+        empty = jax.eval_shape(lambda: init(store, [0] * len(groups)))
+        fixed_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
+        row_bytes = [rows.row_bytes for rows in store.groups]
+        self._capacity = Capacity.parse(groups, row_bytes, fixed_bytes, slots, device_bytes)
         self._policy, self._future, self._thread_number = policy, future, int(threads)
         for group in groups:
             policy.group_counts(group)
@@ -585,17 +588,18 @@ class LookAhead:
         if exchange is None:
             exchange = self._take_victims_home(cache, ready)
             planned = tuple(dataclasses.replace(part, victims=_NO_KEYS) for part in planned)
-        counters, groups, rows = Counters.of(cache), [], []
-        for program, state, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True):
-            state, outgoing = program(state, counters, part, exchange.step)
-            groups.append(state)
-            rows.append(outgoing)
+        counters = Counters.of(cache)
+        exchanged = [
+            program(group, counters, part, exchange.step)
+            for program, group, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True)
+        ]
+        groups, rows = zip(*exchanged, strict=True)
         counters, record = _compile_count(self._device)(counters, exchange.step)
-        state = CacheState(tuple(groups), counters.step, counters.exchanged, counters.fault)
+        state = CacheState(groups, counters.step, counters.exchanged, counters.fault)
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put(_Returning(planned, tuple(rows), record), self._stages["step"])
+        self._returning.put(_Returning(planned, rows, record), self._stages["step"])
         with self._progress:
             self._exchanged += 1
         self._count_exchange(ready)
@@ -692,9 +696,7 @@ class LookAhead:
         finally:
             if self._left:
                 self._store.close(self)
-        groups = tuple(
-            dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups
-        )
+        groups = tuple(dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups)
         return dataclasses.replace(cache, groups=groups)
 
     def _write_again(self) -> None:

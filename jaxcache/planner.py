@@ -624,7 +624,7 @@ class LookAheadPlanner:
         self._slots, self._memory, self._max_window = slots, memory, max_window
         self._order, self._passes = _ORDERS[policy.order], policy.passes
         self._window: Window = window if policy.window is None else policy.window
-        self._bases = group.bases
+        self._bases, self._names = group.bases, group.names
         self._small = np.array([table.rows <= SMALL_ROWS for table in group.tables])
         self._counts = policy.group_counts(group) if policy.order == "rank" else np.zeros(0, np.int32)
         self._entries = _aligned_entries(1024)
@@ -817,8 +817,9 @@ class LookAheadPlanner:
         unique = len(self._ahead[0])
         if unique > self._slots:
             raise TooFewSlots(
-                f"batch {self._planned} needs {unique:,} slots for its unique rows and the cache has {self._slots:,}: "
-                f"use LookAhead(slots={unique}) or more, or smaller batches"
+                f"batch {self._planned} needs {unique:,} slots for its unique rows of {', '.join(self._names)} and the "
+                f"cache has {self._slots:,}: use LookAhead(slots={unique}) or more, or where tables are of several "
+                f"groups slots={{{self._names[0]!r}: {unique}, ...}}, or smaller batches"
             )
         first_use = self._first_use()
         if len(self._victims) > self._memory:

@@ -103,9 +103,7 @@ class CacheState:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["unique_slots", "inverse", "occurrences"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["unique_slots", "inverse", "occurrences"], meta_fields=[])
 @dataclass(frozen=True)
 class GroupPlan:
     """Where a batch finds its rows of one group. L is its number of lookups in all features of the group's tables; U a

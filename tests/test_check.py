@@ -83,9 +83,9 @@ def test_a_sound_state_passes(optimizer):
 
 def test_a_state_between_steps_passes_without_a_flush(behind):
     cache, store = behind
-    assert (
-        store.behind and 0 < int(cache.groups[0].dirty.sum()) < int((cache.groups[0].counts > 0).sum()) < SLOTS
-    )  # dirty, clean and free
+    (group,) = cache.groups
+    assert store.behind
+    assert 0 < int(group.dirty.sum()) < int((group.counts > 0).sum()) < SLOTS  # dirty, clean and free
     jc.check(cache, store)
 
 
