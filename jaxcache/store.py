@@ -450,7 +450,11 @@ def _with_optimizers(tables: Mapping[str, Table], optimizer: optax.GradientTrans
 def _row_store(tables: Mapping[str, Table], seed: int) -> RowStore:
     """The rows of tables of one format."""
     table = next(iter(tables.values()))
-    optimizer = RowOptimizer(table.optimizer, table.dim, table.dtype, table.rounding, table.master_copy)
+    try:
+        optimizer = RowOptimizer(table.optimizer, table.dim, table.dtype, table.rounding, table.master_copy)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is the optimizer of {', '.join(map(repr, tables))}.")
+        raise
     return RowStore(Group.stack(tables), optimizer, seed)
 
 

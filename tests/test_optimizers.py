@@ -290,7 +290,7 @@ def test_a_row_that_comes_back_late_has_the_step_of_the_docstring_and_the_count_
         np.testing.assert_allclose(found.weights - before, -0.5 * 0.1 / np.sqrt(0.001), rtol=1e-4)
     mu = found.state[0]
     found.update([0], 0 * gradients)
-    assert int(found.scalars[0]) == 2**31 - 1
+    assert int(found.scalars[0]) == int(found.state[2][0, 0]) == 2**31 - 1
     np.testing.assert_allclose(found.state[0], 0.9 * mu)
 
 
@@ -347,9 +347,9 @@ def test_weights_of_16_bits_are_updated_in_float32_and_rounded(name, kept, dtype
 
 @dtypes
 def test_rows_of_a_master_copy_have_it_first_and_no_others_have_one(dtype):
-    plain = jc.RowOptimizer(optax.adam(0.3), DIM)
-    assert jc.RowOptimizer(optax.adam(0.3), DIM, dtype).row_shapes == plain.row_shapes
-    master = jc.RowOptimizer(optax.adam(0.3), DIM, dtype, master_copy=True)
+    plain = jc.RowOptimizer(jc.rowwise_adagrad(0.3), DIM)
+    assert jc.RowOptimizer(jc.rowwise_adagrad(0.3), DIM, dtype).row_shapes == plain.row_shapes
+    master = jc.RowOptimizer(jc.rowwise_adagrad(0.3), DIM, dtype, master_copy=True)
     assert master.row_shapes == (jax.ShapeDtypeStruct((DIM,), jnp.float32), *plain.row_shapes)
     weights = draw_weights()
     copy, *_ = master.initial_state(weights)

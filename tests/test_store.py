@@ -219,6 +219,16 @@ def test_what_is_no_table_is_refused_before_anything_else():
         jc.HostStore({"a": 10})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"), [(0.1, TypeError), (optax.clip_by_global_norm(1.0), ValueError)], ids=["number", "mixing"]
+)
+def test_the_tables_of_an_optimizer_that_is_refused_are_named(wrong, error):
+    tables = {"a": jc.Table(9, 3, frozen=True), "b": jc.Table(9, 2, optimizer=wrong), "c": jc.Table(9, 2)}
+    with pytest.raises(error) as raised:
+        jc.HostStore(tables | {"d": tables["b"]}, optax.sgd(0.1))
+    assert raised.value.__notes__ == ["This is the optimizer of 'b', 'd'."]
+
+
 def test_the_optimizer_of_a_group_knows_its_format(monkeypatch):
     """What RowOptimizer is built with, which test_optimizers.py tests."""
     calls = []
@@ -287,7 +297,7 @@ def test_growth_keeps_every_value():
         values = np.stack([part, -part], axis=1).astype(np.float32)
         store.groups[0].write(part, jc.Rows(values, (values / 2,)))
         sizes.append(store.nbytes)
-    assert len(set(sizes)) > 3  # it did grow
+    assert 3 < len(set(sizes)) <= 8  # it did grow, and each time by as much as there was
     np.testing.assert_array_equal(store.rows("t", ids), np.stack([ids, -ids], axis=1).astype(np.float32))
     np.testing.assert_array_equal(store.row_state("t", ids)[0][:, 0], ids.astype(np.float32) / 2)
 
@@ -594,7 +604,7 @@ def test_load_and_save_are_refused_while_a_cache_may_be_newer(optimizers, tmp_pa
     store.close(pipeline)
     for call, argument, done in (
         (store.load, some_weights(), "loaded"),
-        (store.save, tmp_path / "new.npy", "saved"),
+        (store.save, tmp_path / "no such folder" / "new.npy", "saved"),  # refused before anything is done
     ):
         with pytest.raises(RuntimeError, match=rf"cache = ahead\.flush\(cache\)` before the store is {done}"):
             call("item", argument)
@@ -712,3 +722,24 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(optimizers, monkeypatch, tm
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["item.npy"]
     store.save("item", path)
     np.testing.assert_array_equal(np.load(path), some_weights())
+
+
+# Locks
+
+
+def test_a_read_or_write_waits_for_the_one_under_way_in_its_group_and_for_no_other(optimizers):
+    store = fresh_store(optimizers)
+    item, city = store.groups[0], store.groups[1]
+    keys, rows = keys_of(store, [("item", 3)]), stacked([row_of("item", 1)])
+    for access in (lambda: item.read(keys), lambda: item.write(keys, rows)):
+        access()  # what there is to compile is compiled
+        thread = threading.Thread(target=access)
+        with item._lock:
+            thread.start()
+            other = threading.Thread(target=city.read, args=(keys_of(store, [("city", 3)]),))
+            other.start()
+            other.join(30)
+            thread.join(0.1)
+            assert thread.is_alive() and not other.is_alive()
+        thread.join()
+    assert_same(item.read(keys), rows)
