@@ -147,45 +147,56 @@ def test_what_would_be_wrong_is_found(leaf, wrong):
 # Lookup, update and exchange of a cache of such groups
 
 SAMPLES, LENGTH = 4, 3
+TABLES = {
+    "float32": jc.Table(2**40, 128),
+    "float16": jc.Table(2**40, 16, dtype=jnp.float16, master_copy=True),
+    "bfloat16": jc.Table(2**40, 16, dtype=jnp.bfloat16, rounding="stochastic"),
+    "frozen": jc.Table(2**40, 8, dtype=jnp.float16, frozen=True),
+}
+widened = pytest.mark.xfail(
+    jax.__version_info__ < (0, 11), strict=False, reason="XLA widens the whole buffer to float32 to scatter bfloat16"
+)
+tables = pytest.mark.parametrize("table", [*list(TABLES)[:2], pytest.param("bfloat16", marks=widened), "frozen"])
 
 
-def abstract_cache() -> tuple[jc.CacheState, jc.HostStore]:
-    """As many slots as there can be, in groups with an optimizer, with stochastic rounding, and frozen."""
-    tables = {
-        "item": jc.Table(2**40, 128),
-        "word": jc.Table(2**40, 16, dtype=jnp.bfloat16, rounding="stochastic"),
-        "city": jc.Table(2**40, 8, dtype=jnp.float16, frozen=True),
-    }
-    store = jc.HostStore(tables, optimizer=optax.adam(0.1))
-    return jax.eval_shape(lambda: jc.init(store, [LARGEST] * len(tables))), store
+def abstract_cache(table: str) -> jc.CacheState:
+    """As many slots as there can be."""
+    store = jc.HostStore({"table": TABLES[table]}, optimizer=optax.adam(0.1))
+    return jax.eval_shape(lambda: jc.init(store, LARGEST))
 
 
-def abstract_plan(cache: jc.CacheState) -> jc.Plan:
-    """A history that is pooled, ragged bags with weights, and a frozen id."""
-    integer, layouts = shape((), jnp.int32), (
+def abstract_plan() -> jc.Plan:
+    """A history that is pooled, ragged bags with weights, and single ids."""
+    integer = shape((), jnp.int32)
+    layouts = (
         FeatureLayout("history", 0, "mean", (SAMPLES, LENGTH)),
-        FeatureLayout("words", 1, "sum", (LOOKUPS,), bags=SAMPLES, weighted=True),
-        FeatureLayout("city", 2, None, (SAMPLES,)),
-    )  # fmt: skip
-    groups = tuple(GroupPlan(PLACES, shape((layout.lookups,), jnp.int32), PLACES) for layout in layouts)
+        FeatureLayout("words", 0, "sum", (LOOKUPS,), bags=SAMPLES, weighted=True),
+        FeatureLayout("city", 0, None, (SAMPLES,)),
+    )
+    lookups = sum(layout.lookups for layout in layouts)
     return jc.Plan(
-        groups, {"words": shape((LOOKUPS,))}, {"words": shape((LOOKUPS,), jnp.int32)}, integer, integer, layouts
+        groups=(GroupPlan(PLACES, shape((lookups,), jnp.int32), PLACES),),
+        weights={"words": shape((LOOKUPS,))},
+        bags={"words": shape((LOOKUPS,), jnp.int32)},
+        step=integer,
+        samples=integer,
+        features=layouts,
     )
 
 
-def test_a_step_addresses_rows_of_the_largest_caches():
-    cache, _ = abstract_cache()
-
+@tables
+def test_a_step_addresses_rows_of_the_largest_caches(table):
     def step(cache, plan):
         return jc.update(cache, plan, jax.tree.map(jnp.tanh, jc.lookup(cache, plan)))
 
-    check_index_arithmetic(step, cache, abstract_plan(cache))
+    check_index_arithmetic(step, abstract_cache(table), abstract_plan())
 
 
-def test_an_exchange_addresses_rows_of_the_largest_caches():
-    cache, _ = abstract_cache()
+@tables
+def test_an_exchange_addresses_rows_of_the_largest_caches(table):
+    cache = abstract_cache(table)
+    (state,) = cache.groups
     counters = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), Counters.of(cache))
-    for state in cache.groups:
-        rows = jax.tree.map(lambda leaf: shape((UNIQUE, *leaf.shape[1:]), leaf.dtype), state.buffer)
-        incoming = GroupExchange(PLACES, shape((UNIQUE, 3), jnp.int32), rows)
-        check_index_arithmetic(exchange_group, state, counters, incoming, shape((), jnp.int32))
+    rows = jax.tree.map(lambda leaf: shape((UNIQUE, *leaf.shape[1:]), leaf.dtype), state.buffer)
+    incoming = GroupExchange(PLACES, shape((UNIQUE, 3), jnp.int32), rows)
+    check_index_arithmetic(exchange_group, state, counters, incoming, shape((), jnp.int32))
