@@ -183,6 +183,9 @@ def test_ids_out_of_range_are_padding_where_they_are_ignored_and_counted():
     result, _, report = lookup_once(table, SUM, np.array([7, 2**64 - 1, 2**63], np.uint64))
     np.testing.assert_array_equal(result[..., 0], [7, 0, 0])
     assert report.ignored == {"bag": 2}
+    # Unsigned, the last but one has the bits of -1.
+    result, _, report = lookup_once(table, jc.Feature("item", None, -1), np.array([7, 2**64 - 1, 2**63], np.uint64))
+    assert report.ignored == {"bag": 2}
 
 
 def test_ignored_ids_are_counted_over_the_batches_that_were_exchanged():
@@ -231,6 +234,7 @@ BAD_BATCHES = [
         ValueError,
         r"'tags' .*\(2,\) .*\(2, 3\).*one weight an id",
     ),
+    ({"tags": bags(np.ones((2, 3), int), None, np.ones((3, 2)))}, ValueError, r"'tags' .*\(3, 2\) .*\(2, 3\)"),
     ({"tags": bags(np.ones((2, 3), int), None, [["a"] * 3] * 2)}, TypeError, "weights of feature 'tags' are <U1"),
     ({"tags": bags(np.ones((2, 3), int), None, np.ones((2, 3), complex))}, TypeError, "'tags' are complex128"),
     (
@@ -251,6 +255,7 @@ BAD_BATCHES = [
     ({"user": np.array([1, 2, 3])}, ValueError, "same samples, got lengths .*'user': 3"),
     # What is right by itself, and not what the batches before had
     ({"tags": np.ones((2, 3), int)}, ValueError, r"(?s)same features.*tags \[2, 3\] weighted.*tags \[2, 3\],"),
+    ({"history": np.ones(2, int)}, ValueError, r"(?s)same features.*history .*ragged.*history \[2\],"),
     ({"history": np.ones((2, 3), int)}, ValueError, r"(?s)same features.*history .*ragged.*history \[2, 3\],"),
     ({"seen": np.ones((2, 5), int)}, ValueError, r"(?s)same number of ids a sample.*seen \[2, 2\].*seen \[2, 5\]"),
     ({"seen": np.ones(2, int)}, ValueError, r"(?s)same number of ids a sample.*seen \[2, 2\].*seen \[2\]"),
@@ -449,7 +454,7 @@ def test_slots_are_split_in_proportion_to_unique_rows_and_reported():
         assert sum(group.rows_fetched for group in groups.values()) == ahead.report().rows_fetched
 
 
-# Gradients and scalars
+# Gradients, rounding and scalars
 
 
 def test_gradients_of_frozen_features_may_be_left_out_and_those_of_others_may_not():
@@ -479,6 +484,47 @@ def test_gradients_of_frozen_features_may_be_left_out_and_those_of_others_may_no
             with pytest.raises(ValueError, match="update needs the gradients of what lookup returned"):
                 jc.update(cache, plan, wrong)
         ahead.flush(jc.update(cache, plan, rows))
+
+
+def ones(stream, rows, table):
+    return np.ones((len(rows), table.dim), np.float32)
+
+
+def rounded(batches, seed=0, slots=32) -> tuple[np.ndarray, np.ndarray]:
+    """Rows 0 to 15 of two tables whose ones became 1 - 2**-10, which lies a quarter of the way to 1 - 2**-8."""
+    tables = {name: jc.Table(64, 4, ones, dtype=jnp.bfloat16, rounding="stochastic") for name in ("one", "other")}
+    store = jc.HostStore(tables, optimizer=optax.sgd(2.0**-10), seed=seed)
+    assert len(store.groups) == 1
+    with look_ahead(store, batches, features=None, slots=slots) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            cache = jc.update(cache, plan, jax.tree.map(jnp.ones_like, jc.lookup(cache, plan)))
+        ahead.flush(cache)
+    one, other = (store.rows(name, np.arange(16)).astype(np.float32) for name in tables)
+    assert set(np.unique([one, other])) == {1, 1 - 2.0**-8}
+    return one, other
+
+
+def test_stochastic_rounding_draws_by_seed_table_step_id_and_column_and_never_by_slot():
+    first, later = ({"one": ids, "other": ids} for ids in (np.arange(16), np.arange(16, 32)))
+    one, other = rounded([first])
+    assert 0.1 < np.mean(one < 1) < 0.4
+    different = {
+        "ids": (one[1:], one[:-1]),
+        "columns": (one[:, 1:], one[:, :-1]),
+        "tables": (one, other),
+        "seeds": (one, rounded([first], seed=1)[0]),
+        "steps": (one, rounded([later, first])[0]),
+    }
+    for what, (these, those) in different.items():
+        assert 0.15 < np.mean(these != those) < 0.6, what  # 0.375 where they are independent
+    # Other slots: another order, a resident cache, and rows of the other table first.
+    backwards = {name: ids[::-1].copy() for name, ids in first.items()}
+    swapped = {"other": first["other"], "one": first["one"]}
+    for batches, slots in (([backwards], 32), ([first], "100%"), ([swapped], 40)):
+        for found, expected in zip(rounded(batches, slots=slots), (one, other), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_scalars_advance_in_groups_that_are_not_looked_up():
