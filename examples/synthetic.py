@@ -1,4 +1,4 @@
-"""A synthetic click log in the shape of Criteo's Kaggle log, with labels from a planted model.
+"""Synthetic logs with labels from a planted model: clicks in the shape of Criteo's Kaggle log, and click histories.
 
 Every batch is a pure function of (seed, batch number): nothing is stored, a run repeats exactly,
 and a test split is simply other batch numbers. The logit that the labels were drawn from comes with
@@ -42,6 +42,15 @@ DAMPING_RANK = 1000.0
 
 # Fields of up to so many rows keep them when a log is scaled.
 SMALL_FIELD = 100
+
+# Histories. A user has one interest for each of these shares of the clicks that interests make, a category each.
+INTEREST_SHARES = (0.5, 0.3, 0.2)
+INTERESTED = 0.8  # share of a history's clicks that interests make; the others fall on any category
+TARGET_INTERESTED = 0.5  # and of the items on offer
+USER_EXPONENT = 0.8  # of the power laws by which users come, and items of a category are clicked
+ITEM_EXPONENT = 1.2
+AFFINITY_WEIGHT = 2.0
+QUALITY_WEIGHT = 0.2
 
 
 def scaled_cardinalities(total_rows: int, cardinalities: Sequence[int] = KAGGLE_CARDINALITIES) -> tuple[int, ...]:
@@ -156,13 +165,7 @@ class ClickLog:
         random = np.random.default_rng((self.seed, 0, 4))
         ranks = self.ranks(random.random((len(self.cardinalities), 8192)))
         raw = self._raw_logit(random.standard_normal((8192, DENSE_FEATURES)), ranks)
-        scale = LOGIT_DEVIATION / float(raw.std())
-        low, high = -100.0, 100.0
-        for _ in range(50):
-            bias = (low + high) / 2
-            share = (1.0 / (1.0 + np.exp(-(scale * raw + bias)))).mean()
-            low, high = (bias, high) if share < POSITIVE_SHARE else (low, bias)
-        return scale, low
+        return _calibrated(raw)
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -205,6 +208,126 @@ class ClickLog:
         return keys, left, right, dense_weights / np.linalg.norm(dense_weights)
 
 
+@dataclass(frozen=True)
+class SequenceLog:
+    """A log of users with their click histories, whose batch i is a pure function of (seed, i).
+
+    A user's interests are a few categories, a hash of the user. Most clicks of a history are on items of these, and the
+    item on offer is clicked more often if its category is among them: a history says what its user will click.
+
+    Args:
+        users: number of users.
+        items: number of items. Those of category c are c, c + categories, c + 2 * categories, ..., in the order of
+            their popularity.
+        categories: number of categories.
+        longest: most clicks in a history; each number of clicks from none to it is as likely.
+        seed: of everything.
+    """
+
+    users: int = 600_000
+    items: int = 400_000
+    categories: int = 200
+    longest: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.users, self.categories, self.longest) < 1 or self.items < self.categories:
+            raise ValueError(f"users, categories and clicks must be 1 or more, and items as many as categories: {self}")
+
+    def batches(self, batch_size: int, steps: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield `steps` batches, as `batch` returns them, from number `start` on."""
+        for number in range(start, start + steps):
+            yield self.batch(batch_size, number)
+
+    def batch(self, batch_size: int, number: int) -> dict[str, Any]:
+        """Return batch `number`, in arrays of its own.
+
+        It is {"user": int64 [B], "item": int64 [B], "category": int64 [B], "history": int64 [B, longest],
+        "history_categories": int64 [N], "history_offsets": int64 [B + 1], "label": float32 [B],
+        "planted": float32 [B]}. A history holds items, and -1 where they end. The categories of the N items lie one
+        history behind the other: sample b has those from `history_offsets[b]` to `history_offsets[b + 1]`. `planted`
+        is the logit that the label was drawn from.
+        """
+        random = np.random.default_rng((self.seed, number))
+        users, items, history, present = self._draw(random, batch_size)
+        planted = self.planted_logit(users, items)
+        label = random.random(batch_size) * (1.0 + np.exp(-planted)) < 1.0
+        return {
+            "user": users,
+            "item": items,
+            "category": self.category(items),
+            "history": np.where(present, history, -1),
+            "history_categories": self.category(history[present]),
+            "history_offsets": np.concatenate([[0], np.cumsum(present.sum(axis=1))]),
+            "label": label.astype(np.float32),
+            "planted": planted.astype(np.float32),
+        }
+
+    def category(self, items: np.ndarray) -> np.ndarray:
+        """Map items of any shape to their categories, int64."""
+        return items % self.categories
+
+    def interests(self, users: np.ndarray) -> np.ndarray:
+        """Map users [B] to their interests, int64 [B, 3]: categories, of which two may be the same."""
+        numbers = users[:, None] * len(INTEREST_SHARES) + np.arange(len(INTEREST_SHARES))
+        return (self._hash(numbers, 0) % np.uint64(self.categories)).astype(np.int64)
+
+    def planted_logit(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Return the planted logit, float64 [B], of users [B] and the items on offer [B].
+
+        It adds the share of the user's interests that is the item's category, and the item's quality, a hash.
+        """
+        scale, bias = self._calibration
+        return scale * self._raw_logit(users, items) + bias
+
+    def _raw_logit(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        affinity = (self.interests(users) == self.category(items)[:, None]) @ np.array(INTEREST_SHARES)
+        damping = 1.0 / np.sqrt(1.0 + items / DAMPING_RANK)
+        return AFFINITY_WEIGHT * affinity + QUALITY_WEIGHT * damping * _centred(self._hash(items, 1) >> np.uint64(32))
+
+    def _draw(self, random: np.random.Generator, count: int) -> tuple[np.ndarray, ...]:
+        """Users [B], items on offer [B], items [B, longest], and which of these are clicks of the history, bool."""
+        users = _ranks(random.random(count), np.array(self.users), USER_EXPONENT)
+        items = self._items(random, users, 1, TARGET_INTERESTED)[:, 0]
+        history = self._items(random, users, self.longest, INTERESTED)
+        clicks = random.integers(self.longest + 1, size=count)
+        return users, items, history, np.arange(self.longest) < clicks[:, None]
+
+    def _items(self, random: np.random.Generator, users: np.ndarray, count: int, interested: float) -> np.ndarray:
+        """Items for users [B], each of an interest of its user with chance `interested`, int64 [B, count]."""
+        shape = (len(users), count)
+        interest = np.searchsorted(np.cumsum(INTEREST_SHARES[:-1]), random.random(shape), side="right")
+        own = np.take_along_axis(self.interests(users), interest, axis=1)
+        category = np.where(random.random(shape) < interested, own, random.integers(self.categories, size=shape))
+        items_of_category = (self.items - 1 - category) // self.categories + 1
+        return category + self.categories * _ranks(random.random(shape), items_of_category, ITEM_EXPONENT)
+
+    def _hash(self, numbers: np.ndarray, purpose: int) -> np.ndarray:
+        """Hash numbers of any shape to words, uint64."""
+        return mix_bits(numbers.astype(np.uint64) + self._keys[purpose])
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, 1)).integers(2**64, size=2, dtype=np.uint64)
+
+    @cached_property
+    def _calibration(self) -> tuple[float, float]:
+        """Scale and bias that give the logits their spread and the labels their share."""
+        users, items, _, _ = self._draw(np.random.default_rng((self.seed, 0, 2)), 8192)
+        return _calibrated(self._raw_logit(users, items))
+
+
+def _calibrated(raw: np.ndarray) -> tuple[float, float]:
+    """Scale and bias by which logits [N] get the spread `LOGIT_DEVIATION` and a mean chance of `POSITIVE_SHARE`."""
+    scale = LOGIT_DEVIATION / float(raw.std())
+    low, high = -100.0, 100.0
+    for _ in range(50):
+        bias = (low + high) / 2
+        share = (1.0 / (1.0 + np.exp(-(scale * raw + bias)))).mean()
+        low, high = (bias, high) if share < POSITIVE_SHARE else (low, bias)
+    return scale, low
+
+
 class _PowerLaw:
     """A continuous power law x**-exponent on [1, ranks + 1), as the constants of its inverse CDF.
 
@@ -214,6 +337,13 @@ class _PowerLaw:
     def __init__(self, ranks: np.ndarray, exponents: np.ndarray) -> None:
         self.span = (ranks + 1.0) ** (1.0 - exponents) - 1.0
         self.power = 1.0 / (1.0 - exponents)
+
+
+def _ranks(uniform: np.ndarray, rows: np.ndarray, exponent: float) -> np.ndarray:
+    """Map uniform numbers in [0, 1) to ranks below `rows`, which broadcasts with them, by one power law, int64."""
+    law = _PowerLaw(rows, np.array(exponent))
+    ranks = ((1.0 + uniform * law.span) ** law.power).astype(np.int64) - 1
+    return np.minimum(ranks, rows - 1)  # rounding can step over the edge
 
 
 def mix_bits(words: np.ndarray) -> np.ndarray:

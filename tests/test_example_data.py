@@ -1,4 +1,4 @@
-"""The examples' data and model: the synthetic click log, the Criteo reader, the DLRM, the AUC."""
+"""The examples' data and models: the synthetic logs, the Criteo reader, the DLRM, the DIN, the AUC."""
 
 import gzip
 import itertools
@@ -12,6 +12,7 @@ from flax import nnx
 
 import criteo
 import synthetic
+from din import DIN
 from dlrm import DLRM, auc
 
 REAL_LOG = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "criteo_80k.tsv.gz"
@@ -147,6 +148,105 @@ class TestSynthetic:
     def test_fields_too_large_for_the_permutation(self):
         with pytest.raises(ValueError, match=r"fields of at most 2\*\*31 rows, got one of 2,147"):
             synthetic.ClickLog((2**31 + 1, 3))
+
+
+def histories(batch):
+    """The clicks of each history, as lists."""
+    return [row[row >= 0].tolist() for row in batch["history"]]
+
+
+class TestSequences:
+    def test_batch_has_the_promised_arrays(self):
+        log = synthetic.SequenceLog(users=1000, items=500, categories=30, longest=6)
+        batch = log.batch(256, 0)
+        clicks = len(batch["history_categories"])
+        shapes = {"user": (256,), "item": (256,), "category": (256,), "history": (256, 6)}
+        shapes |= {"history_categories": (clicks,), "history_offsets": (257,), "label": (256,), "planted": (256,)}
+        assert {name: array.shape for name, array in batch.items()} == shapes
+        for name, array in batch.items():
+            assert array.dtype == (np.float32 if name in ("label", "planted") else np.int64)
+        for name, rows in (("user", 1000), ("item", 500), ("category", 30), ("history_categories", 30)):
+            assert batch[name].min() >= 0 and batch[name].max() < rows
+        assert batch["history"].max() < 500
+        assert np.isfinite(batch["planted"]).all() and set(np.unique(batch["label"])) == {0.0, 1.0}
+
+    def test_histories_are_padded_behind_their_clicks_and_their_categories_are_ragged(self):
+        log = synthetic.SequenceLog(items=5000, categories=40, longest=5)
+        batch = log.batch(512, 3)
+        offsets = batch["history_offsets"]
+        for row, clicks, start, stop in zip(batch["history"], histories(batch), offsets[:-1], offsets[1:], strict=True):
+            assert row.tolist() == clicks + [-1] * (5 - len(clicks))
+            assert batch["history_categories"][start:stop].tolist() == [item % 40 for item in clicks]
+        assert offsets[0] == 0 and offsets[-1] == len(batch["history_categories"])
+        np.testing.assert_array_equal(batch["category"], batch["item"] % 40)
+        # Each of the 6 numbers of clicks comes 85 times in 512; six deviations are 51.
+        assert (np.abs(np.bincount(np.diff(offsets), minlength=6) - 512 / 6) < 51).all()
+
+    def test_batch_is_a_function_of_seed_and_number(self):
+        def equal(left, right):
+            return all(np.array_equal(left[name], right[name]) for name in left.keys() | right.keys())
+
+        batches = list(synthetic.SequenceLog(seed=3).batches(32, 5))
+        (later,) = synthetic.SequenceLog(seed=3).batches(32, 1, start=4)
+        assert equal(batches[4], later)
+        assert not np.array_equal(batches[3]["user"], later["user"])
+        assert not np.array_equal(synthetic.SequenceLog(seed=4).batch(32, 4)["user"], later["user"])
+        for array in later.values():
+            array[:] = -1
+        assert equal(batches[4], synthetic.SequenceLog(seed=3).batch(32, 4))
+
+    def test_clicks_come_from_the_interests(self):
+        log = synthetic.SequenceLog(users=100_000, items=100_000, categories=100)
+        batch = log.batch(4096, 0)
+        interests = log.interests(batch["user"])
+        assert interests.shape == (4096, 3) and interests.min() == 0 and interests.max() == 99
+        owner = np.repeat(np.arange(4096), np.diff(batch["history_offsets"]))
+        # Of the categories that interests have no part in, 1 in 100 is one of them all the same, for each interest.
+        for interest, share in enumerate((0.5, 0.3, 0.2)):
+            clicked = (batch["history_categories"] == interests[owner, interest]).mean()
+            expected = 0.8 * (share + (1 - share) / 100) + 0.2 / 100
+            assert clicked == pytest.approx(expected, abs=0.015)  # six deviations, of 40,000 clicks
+        offered = (batch["category"][:, None] == interests).any(axis=1).mean()
+        assert offered == pytest.approx(0.5 + 0.5 * 3 / 100, abs=0.05)
+
+    def test_users_and_items_follow_power_laws(self):
+        log = synthetic.SequenceLog(users=100_000, items=20_000, categories=10)
+        batches = [log.batch(4096, number) for number in range(8)]
+        users = np.concatenate([batch["user"] for batch in batches])
+        ranks = np.concatenate([batch["history"][batch["history"] >= 0] for batch in batches]) // 10
+        for sample, rows, exponent in ((users, 100_000, 0.8), (ranks, 2000, 1.2)):
+            edges = np.array([1, 2, 3, 10, 30, 100, 1000, rows + 1]) ** (1 - exponent)
+            expected = np.diff(edges) / (edges[-1] - edges[0])
+            counts, _ = np.histogram(sample, [0, 1, 2, 9, 29, 99, 999, rows])
+            error = 6 * np.sqrt(expected / len(sample))
+            assert (np.abs(counts / len(sample) - expected) < error).all()
+
+    def test_items_of_categories_of_unequal_size_are_all_clicked(self):
+        log = synthetic.SequenceLog(users=50, items=23, categories=5, longest=10)
+        items = np.concatenate([batch["history"] for batch in log.batches(512, 4)])
+        np.testing.assert_array_equal(np.unique(items), np.arange(-1, 23))
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_labels_come_from_the_planted_logit(self, seed):
+        batches = list(synthetic.SequenceLog(seed=seed).batches(4096, 8, start=10**9))
+        label, planted, user, item = (
+            np.concatenate([batch[name] for batch in batches]) for name in ("label", "planted", "user", "item")
+        )
+        assert 0.24 < label.mean() < 0.28
+        assert 0.82 < auc(planted, label) < 0.86
+        # Calibrated: among samples of like logit, the positive share is the logit's sigmoid.
+        chance = 1.0 / (1.0 + np.exp(-planted.astype(np.float64)))
+        for part in np.array_split(np.argsort(planted), 8):
+            assert label[part].mean() == pytest.approx(chance[part].mean(), abs=0.04)
+        # Affinity, the share of the interests that is the item's category, tells positives apart.
+        log = synthetic.SequenceLog(seed=seed)
+        affinity = (log.interests(user) == log.category(item)[:, None]) @ np.array([0.5, 0.3, 0.2])
+        assert auc(affinity, label) > 0.8
+
+    @pytest.mark.parametrize("sizes", [{"users": 0}, {"categories": 0}, {"longest": 0}, {"items": 9, "categories": 10}])
+    def test_useless_sizes(self, sizes):
+        with pytest.raises(ValueError, match="1 or more, and items as many as categories"):
+            synthetic.SequenceLog(**sizes)
 
 
 def make_line(label="1", integers=None, categories=None):
@@ -364,6 +464,44 @@ class TestDLRM:
         assert [kernel.shape for kernel, _ in dense_layers(model.top)] == [
             (16 + 27 * 26 // 2, 512), (512, 256), (256, 1),
         ]  # fmt: skip
+
+
+def numpy_din(model, rows, present):
+    """The model, one sample and one click at a time."""
+
+    def perceptron(layers, vector):
+        *hidden, (last_kernel, last_bias) = layers
+        for kernel, bias in hidden:
+            vector = np.maximum(vector @ kernel + bias, 0.0)
+        return vector @ last_kernel + last_bias
+
+    logits = []
+    for sample, clicked in enumerate(present):
+        item, category, mean = (rows[name][sample] for name in ("item", "category", "history_categories"))
+        interest = np.zeros_like(item)
+        for click in rows["history"][sample][clicked]:
+            interest += perceptron(dense_layers(model.attention), np.concatenate([item, click, item * click])) * click
+        vectors = [rows["user"][sample], item, interest, item * interest, category, mean, category * mean]
+        logits.append(perceptron(dense_layers(model.top), np.concatenate(vectors))[0])
+    return np.array(logits)
+
+
+class TestDIN:
+    def test_equals_a_plain_computation(self):
+        model = DIN(item_dim=6, category_dim=4, user_dim=5, rngs=nnx.Rngs(0))
+        random = np.random.default_rng(0)
+        present = np.array([[True, True, False], [False, False, False], [True, True, True], [True, False, False]])
+        shapes = {
+            "user": (4, 5),
+            "item": (4, 6),
+            "history": (4, 3, 6),
+            "category": (4, 4),
+            "history_categories": (4, 4),
+        }
+        rows = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        logits = model({name: jnp.asarray(row) for name, row in rows.items()}, jnp.asarray(present))
+        assert logits.shape == (4,)
+        np.testing.assert_allclose(logits, numpy_din(model, rows, present), rtol=1e-4, atol=1e-5)
 
 
 class TestAuc:

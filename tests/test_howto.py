@@ -1,0 +1,192 @@
+"""The guides' code: every block runs, and what it trains gets better."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcache as jc
+
+BATCH, STEPS, ITEMS = 32, 30, 100  # of the log for the page on tables
+GUIDES = Path(__file__).resolve().parents[1] / "docs" / "howto"
+
+
+@pytest.fixture(autouse=True)
+def promotions_as_a_user_has_them():
+    """The strict ones of the other tests are for the library; Flax and optax rely on JAX's defaults."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def blocks(guide: str) -> dict[str, str]:
+    """The tested blocks of a guide by name."""
+    text = (GUIDES / guide).read_text()
+    found = dict(re.findall(r"<!-- tested: (\S+) -->\n```python\n(.*?)```", text, re.DOTALL))
+    assert len(found) == text.count("```python"), "a block of code has no name, or one that another has"
+    return found
+
+
+def run(guide: str, name: str, scope: dict) -> dict:
+    exec(compile(blocks(guide)[name], f"{guide}, {name}", "exec"), scope)
+    return scope
+
+
+@pytest.fixture
+def clicks(monkeypatch):
+    """The guide's data, importable as the scripts import it."""
+    module = types.ModuleType("clicks")
+    run("train.md", "clicks", module.__dict__)
+    monkeypatch.setitem(sys.modules, "clicks", module)
+    return module
+
+
+def test_every_script_of_the_guide_is_tested_here():
+    assert list(blocks("train.md")) == ["clicks", "plain", "jax", "linen", "nnx"]
+
+
+@pytest.mark.parametrize("name", ["plain", "jax", "linen", "nnx"])
+def test_the_scripts_train(name, clicks, capsys):
+    scope = run("train.md", name, {"__name__": "script"})
+    losses = np.array(scope["losses"])
+    assert len(losses) == 200 and abs(losses[0] - np.log(2)) < 0.05
+    assert losses[-20:].mean() < losses[:20].mean() - 0.05
+    assert f"-> {losses[-1]:.3f}" in capsys.readouterr().out
+    if name != "plain":
+        jc.check(scope["cache"], scope["store"])
+        assert scope["store"].step == 200 and scope["ahead"].report().rows_written_back > 0
+
+
+def ragged_batches():
+    random = np.random.default_rng(1)
+    for _ in range(STEPS):
+        history = random.integers(ITEMS, size=(BATCH, 5))
+        history[np.arange(5) >= random.integers(6, size=(BATCH, 1))] = -1
+        lengths = random.integers(4, size=BATCH)
+        item = random.integers(ITEMS, size=BATCH)
+        yield {
+            "item": item,
+            "history": history,
+            "tags": random.integers(800, size=lengths.sum()),
+            "tag_offsets": np.concatenate([[0], np.cumsum(lengths)]),
+            "tag_weights": random.random(lengths.sum()),
+            "label": (item % 2).astype(np.float32),
+        }
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Runs the named block of the page as a reader does, after those that it builds on."""
+    monkeypatch.chdir(tmp_path)
+    scope = {"loader": list(ragged_batches())}
+    for name in ("imports", "features"):
+        run("tables.md", name, scope)
+
+    return lambda name: run("tables.md", name, scope)
+
+
+def train(scope: dict, ahead: jc.LookAhead | None = None) -> tuple[jc.CacheState, list[float], int]:
+    """Trains the items to tell odd from even, with a little of everything that is looked up.
+
+    Returns the cache, the losses, and how often the step was compiled.
+    """
+    if ahead is None:
+        names = {feature.table for feature in scope["features"].values()} | {"item"}
+        assert names <= set(scope["store"].tables)
+        ahead = jc.LookAhead(scope["store"], scope["loader"], scope["ids"], features=scope["features"], slots=4000)
+
+    def loss_of(rows, label, mask):
+        everything = sum(jnp.sum(array.reshape(len(label), -1), axis=1) for array in rows.values())
+        logits = jnp.sum(rows["item"], axis=1) + 0.02 * everything
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, label), where=mask)
+
+    @jax.jit
+    def step(cache, plan, label):
+        loss, gradients = jax.value_and_grad(loss_of)(jc.lookup(cache, plan), label, plan.mask)
+        return jc.update(cache, plan, gradients), loss
+
+    losses = []
+    with ahead:
+        cache = ahead.start()
+        for batch, plan in ahead:
+            cache, loss = step(ahead.exchange(cache, plan), plan, batch["label"])
+            losses.append(float(loss))
+        cache = ahead.flush(cache)
+    jc.check(cache, scope["store"])
+    assert scope["store"].step == len(losses) == STEPS
+    return cache, losses, step._cache_size()
+
+
+def test_features_of_the_page_train_and_compile_once(tables):
+    scope = tables("features")
+    _, losses, compiled = train(scope, scope["ahead"])
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02
+    assert compiled == 1 and len({len(batch["tags"]) for batch in scope["loader"]}) > 5
+
+
+def test_groups_of_the_page(tables, capsys):
+    scope = tables("groups")
+    assert "[('user', 'item'), ('tag',)]" in capsys.readouterr().out
+    with scope["ahead"] as ahead:
+        assert ahead.start().slots == (7500, 800)
+    assert set(scope["ahead"].report().groups) == {"user", "tag"}
+
+
+def test_dtypes_of_the_page(tables):
+    scope = tables("dtypes")
+    store = scope["store"]
+    before = {name: store.rows(name, np.arange(ITEMS)) for name in ("item", "tag")}
+    train(scope)
+    assert store.rows("user", [1]).dtype == store.rows("item", [1]).dtype == jnp.bfloat16
+    (master, accumulator) = store.row_state("item", np.arange(ITEMS))
+    assert master.dtype == np.float32 and accumulator.shape == (ITEMS, 1)
+    np.testing.assert_array_equal(master.astype(jnp.bfloat16), store.rows("item", np.arange(ITEMS)))
+    for name, weights in before.items():
+        assert (weights != store.rows(name, np.arange(ITEMS))).any()
+
+
+def test_bytes_of_the_page():
+    """Rows of 64 weights: what 16 bits save beside row-wise adagrad, and beside adam."""
+    sizes = [
+        jc.HostStore({"a": jc.Table(9, 64, dtype=dtype)}, optimizer=optimizer).groups[0].row_bytes
+        for optimizer in (jc.rowwise_adagrad(0.1), optax.adam(0.1))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    text = (GUIDES / "tables.md").read_text().replace("\n", " ")
+    assert "from {} bytes to {}, with adam from {} to {}".format(*sizes) in text
+
+
+def test_optimizers_of_the_page(tables):
+    scope = tables("optimizers")
+    store = scope["store"]
+    tags, items = store.rows("tag", np.arange(800)), store.rows("item", np.arange(ITEMS))
+    train(scope)
+    np.testing.assert_array_equal(store.rows("tag", np.arange(800)), tags)
+    assert (store.rows("item", np.arange(ITEMS)) != items).any() and store.row_state("tag", [1]) == ()
+    assert store.locate("user")[0].scalars == (STEPS,)  # counted, though no batch looked up a user
+
+
+def test_adam_of_the_page(tables):
+    scope = tables("adam")
+    scope["ids"] = lambda batch, before=scope["ids"]: before(batch) | {"user": batch["item"]}
+    train(scope)
+    states = [scope["store"].row_state(name, np.arange(ITEMS)) for name in ("user", "item")]
+    assert [len(state) for state in states] == [3, 2]
+    # Moments that faded are smaller than those that rested, unless the row came with every update.
+    (faded, *_), (rested, *_) = states
+    assert np.abs(faded).sum() < 0.9 * np.abs(rested).sum()
+
+
+def test_weights_of_the_page(tables):
+    scope = tables("weights")
+    store = scope["store"]
+    assert scope["some"].shape == (2, 16)
+    np.testing.assert_array_equal(store.rows("tag", np.arange(800)), scope["vectors"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(np.load("item.npy"), store.rows("item", np.arange(50_000)))
