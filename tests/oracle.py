@@ -262,3 +262,155 @@ class RowWiseAdagrad:
             self.accumulator[row] += sum(g * g for g in gradient) / len(gradient)
             for place, g in enumerate(gradient):
                 self.weights[row, place] -= self.rate * g / (np.sqrt(self.accumulator[row]) + self.eps)
+
+
+# Features: ids pooled into what a model sees, its gradients spread back to rows, and rows updated, in double precision.
+
+
+class Sgd:
+    """w -= rate * g."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def start(self, dim):
+        return ()
+
+    def update(self, weights, gradient, state, step):
+        return [w - self.rate * g for w, g in zip(weights, gradient, strict=True)], state
+
+
+class Adagrad:
+    """As optax has it: s += g**2, w -= rate * g / sqrt(s + eps), from s = 0.1."""
+
+    def __init__(self, rate, initial=0.1, eps=1e-7):
+        self.rate, self.initial, self.eps = rate, initial, eps
+
+    def start(self, dim):
+        return [self.initial] * dim
+
+    def update(self, weights, gradient, state, step):
+        state = [s + g * g for s, g in zip(state, gradient, strict=True)]
+        terms = zip(weights, gradient, state, strict=True)
+        return [w - self.rate * g / math.sqrt(s + self.eps) for w, g, s in terms], state
+
+
+class LazyAdam:
+    """Adam (Kingma & Ba 2015) where a row that a step does not use rests, moments included; `step` counts from 1."""
+
+    def __init__(self, rate, b1=0.9, b2=0.999, eps=1e-8):
+        self.rate, self.b1, self.b2, self.eps = rate, b1, b2, eps
+
+    def start(self, dim):
+        return [(0.0, 0.0)] * dim
+
+    def update(self, weights, gradient, state, step):
+        new, moments = [], []
+        for w, g, (m, v) in zip(weights, gradient, state, strict=True):
+            m = self.b1 * m + (1 - self.b1) * g
+            v = self.b2 * v + (1 - self.b2) * g * g
+            corrected = math.sqrt(v / (1 - self.b2**step))
+            new.append(w - self.rate * m / (1 - self.b1**step) / (corrected + self.eps))
+            moments.append((m, v))
+        return new, moments
+
+
+class DictTable:
+    """A table as a dict from id to weights, trained by one of the rules above.
+
+    Args:
+        weights: `[rows, dim]`, the initial weights.
+        rule: an instance of `Sgd`, `Adagrad` or `LazyAdam`; None for a frozen table.
+        ignores: whether ids that are not in the table are left out, or an error.
+    """
+
+    def __init__(self, weights, rule, ignores=False):
+        self.rows = {row: list(map(float, values)) for row, values in enumerate(weights)}
+        self.dim, self.rule, self.ignores = len(weights[0]), rule, ignores
+        self.state = {row: rule.start(self.dim) for row in self.rows} if rule else {}
+
+    def has(self, row):
+        assert self.ignores or row in self.rows
+        return row in self.rows
+
+    def update(self, gradients, step):
+        """Updates the rows of `gradients`, a dict from id to gradient, which may be zero."""
+        if self.rule:
+            for row, gradient in gradients.items():
+                self.rows[row], self.state[row] = self.rule.update(self.rows[row], gradient, self.state[row], step)
+
+
+class DictFeature:
+    """A feature of a `DictTable`: which lookups count, how a bag of them is pooled, and the gradients spread again.
+
+    Args:
+        table: the table.
+        combiner: "sum", "mean" or None.
+        padding: the id that stands for nothing, or None.
+    """
+
+    def __init__(self, table, combiner, padding):
+        self.table, self.combiner, self.padding = table, combiner, padding
+
+    def is_there(self, row):
+        return row != self.padding and self.table.has(row)
+
+    def shares(self, bag, weights):
+        """Pairs of row and factor with which it enters the pooled bag, of the lookups that count."""
+        pairs = [(row, w) for row, w in zip(bag, weights or [1.0] * len(bag), strict=True) if self.is_there(row)]
+        if self.combiner == "mean":
+            total = sum(w for _, w in pairs)
+            # Rows of a bag whose weights are all zero are looked up, with nothing to learn from it.
+            pairs = [(row, w / total if total else 0.0) for row, w in pairs]
+        return pairs
+
+    def outputs(self, ids, weights):
+        """What the model sees, one after the other: lists of pairs of row and factor, whose weighted sum it is.
+
+        Args:
+            ids: a list with an entry for each sample: an int, or lists of them to any depth, of which the innermost are
+                the bags of a combiner.
+            weights: the same with floats, or None.
+        """
+        found = []
+        for part, of_part in zip(ids, [None] * len(ids) if weights is None else weights, strict=True):
+            if isinstance(part, int):
+                found.append(self.shares([part], None if of_part is None else [of_part]))
+            elif self.combiner and all(isinstance(row, int) for row in part):
+                found.append(self.shares(part, of_part))
+            else:
+                found += self.outputs(part, of_part)
+        return found
+
+
+def train_in_double(tables, features, batches, coefficients, scale):
+    """Trains on `loss = scale / 2 * sum of coefficients * output**2`, over all features and all outputs of them.
+
+    Args:
+        tables: names and `DictTable`s, which are trained in place.
+        features: names and `DictFeature`s.
+        batches: of each a dict from feature name to a pair of ids and weights, a list of one entry for each sample.
+        coefficients: for each feature the `[dim]` coefficients.
+        scale: a number.
+
+    Returns:
+        The losses.
+    """
+    losses, names = [], {id(table): name for name, table in tables.items()}
+    for step, batch in enumerate(batches, start=1):
+        loss, gradients = 0.0, {name: {} for name in tables}
+        for name, (ids, weights) in batch.items():
+            table, factors = features[name].table, [scale * float(c) for c in coefficients[name]]
+            summed = gradients[names[id(table)]]
+            for pairs in features[name].outputs(ids, weights):
+                for row, _ in pairs:
+                    summed.setdefault(row, [0.0] * table.dim)
+                for column, factor in enumerate(factors):
+                    output = sum(share * table.rows[row][column] for row, share in pairs)
+                    loss += factor / 2 * output**2
+                    for row, share in pairs:
+                        summed[row][column] += factor * output * share
+        for name, table in tables.items():
+            table.update(gradients[name], step)
+        losses.append(loss)
+    return losses
