@@ -439,19 +439,13 @@ def test_slots_are_split_in_proportion_to_unique_rows_and_reported():
     ]
     expected = {100: (75, 18, 6), 200: (152, 38, 9), 33: (25, 6, 2), 32: (24, 6, 2), "50%": (396, 99, 9)}
     for slots, numbers in expected.items():
-        store = jc.HostStore(dict(store.tables), optax.sgd(0.1))
         with look_ahead(store, batches, features=None, slots=slots) as ahead:
             cache = ahead.start()
-            for _, plan in ahead:
-                cache = step(ahead.exchange(cache, plan), plan)
-            ahead.flush(cache)
-        groups = ahead.report().groups
-        found = {name: group.slots for name, group in groups.items()}
+            found = {name: group.slots for name, group in ahead.report().groups.items()}
         assert found == pytest.approx(dict(zip(("item", "word", "city"), numbers, strict=True)), abs=2), slots
         assert sum(found.values()) <= (slots if isinstance(slots, int) else 505) and cache.slots == tuple(
             found.values()
         )
-        assert sum(group.rows_fetched for group in groups.values()) == ahead.report().rows_fetched
 
 
 # Gradients, rounding and scalars
@@ -471,7 +465,7 @@ def test_gradients_of_frozen_features_may_be_left_out_and_those_of_others_may_no
 
         train(store, [make_batch(seed) for seed in range(3)], step=some)
         np.testing.assert_array_equal(store.rows("word", np.arange(9)), counting(None, np.arange(9), tables["word"]))
-        assert store.row_state("word", [1]) == ()
+        assert store.row_state("word", [1]) == () and store.locate("word")[0].rows_written == 0
         results.append(store)
     assert_same(*results)
 
