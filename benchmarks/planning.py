@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from jaxcache import Table
-from jaxcache.planner import LookAheadPlanner, Window
+from jaxcache.planner import LookAheadPlanner, Window, Workers
 from jaxcache.policies import frequency
 from jaxcache.tables import Group
 from synthetic import KAGGLE_CARDINALITIES, ClickLog, scaled_cardinalities
@@ -67,7 +67,8 @@ def measure(log: ClickLog, size: int, slots: int, window: Window, threads: int, 
     others = np.flatnonzero(counts == 0)[: slots - len(hottest)]
     keys = np.concatenate([others, hottest])
     resident = (keys, np.arange(slots), np.maximum(counts[keys], 1))
-    planner = LookAheadPlanner(group, slots, window=window, max_window=10_000, resident=resident, threads=threads)
+    workers = Workers(threads)
+    planner = LookAheadPlanner(group, slots, window=window, max_window=10_000, resident=resident, workers=workers)
 
     times: dict[str, list[float]] = {"observe": [], "plan": [], "np_unique_tables": [], "np_unique_samples": []}
     unique, missed, windows = [], [], []
@@ -94,7 +95,7 @@ def measure(log: ClickLog, size: int, slots: int, window: Window, threads: int, 
             times["plan"].append(planning)
             unique.append(len(planned.unique_slots))
             missed.append(len(planned.missed))
-    planner.close()
+    workers.close()
     # With "auto" some plans draw no batch and others two: the latest are taken one for one, as in a long run.
     times["observe"] = times["observe"][-plans:]
     both = [sum(pair) for pair in zip(times["observe"], times["plan"], strict=False)]

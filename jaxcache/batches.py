@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,11 @@ class Lookups:
         ids = np.concatenate([_NO_IDS, *(part.ids for part in parts)]) if len(parts) != 1 else parts[0].ids
         return cls(ids, starts, np.array([part.table for part in parts], np.int64), places, size)
 
+    def by_feature(self) -> Iterator[tuple[int, np.ndarray]]:
+        """For each feature the position of its table, and those of `ids` that are its own."""
+        for table, start, stop in zip(self.tables, self.starts, self.starts[1:], strict=False):
+            yield int(table), self.ids[start:stop]
+
     def keys(self, group: Group) -> np.ndarray:
         """The key of each of `ids` in `group`, `int64[V]`."""
         return (self.ids.view(np.uint64) + np.repeat(group.bases[self.tables], np.diff(self.starts))).view(np.int64)
@@ -91,7 +96,8 @@ class Batch:
         samples: length of the first axis.
         held: NumPy arrays of the batch and its ids, held by reference.
         fingerprint: of `held`, as drawn.
-        nbytes: bytes that the batch holds while it is ahead: all its arrays, and 4 for each lookup's position.
+        nbytes: bytes that the batch holds while it is ahead: all its arrays, and 4 for each lookup's position, 12
+            where some look up nothing.
     """
 
     content: Any
@@ -132,20 +138,22 @@ class Batch:
         drawn = [*jax.tree.leaves(content), *jax.tree.leaves(list(mapping.values()))] if hold else []
         leaves = {id(leaf): leaf for leaf in drawn}.values()
         held = [leaf for leaf in leaves if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject]
+        by_group: list[list[FeatureIds]] = [[] for _ in features.groups]
+        for part in parts:
+            by_group[part.layout.group].append(part)
+        lookups = tuple(map(Lookups.join, by_group))
         return cls(
             content=content,
             features=tuple(part.layout for part in parts),
-            lookups=tuple(
-                Lookups.join([part for part in parts if part.layout.group == group])
-                for group in range(len(features.groups))
-            ),
+            lookups=lookups,
             weights={part.layout.name: part.weights for part in parts if part.weights is not None},
             bags={part.layout.name: part.bags for part in parts if part.bags is not None},
             ignored={part.layout.name: part.ignored for part in parts if part.ignored},
             samples=parts[0].layout.samples,
             held=held,
             fingerprint=fingerprint(held),
-            nbytes=sum(getattr(leaf, "nbytes", 0) for leaf in leaves) + 4 * sum(p.layout.lookups for p in parts),
+            nbytes=sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+            + sum(4 * part.size + (0 if part.places is None else part.places.nbytes) for part in lookups),
         )
 
     def observed(self) -> Batch:
@@ -257,12 +265,11 @@ class Shapes:
                     occurrences=padded(occurrences, bound, 0),
                 )
             )
-        samples = self._samples
-        full = {part.name: part for part in self._full}
+        shapes = {part.name: (part.shape, full.shape) for part, full in zip(batch.features, self._full, strict=True)}
         return Plan(
             groups=tuple(groups),
-            weights={name: _pad_ids(array, batch, full[name], 0.0) for name, array in batch.weights.items()},
-            bags={name: _pad_ids(array, batch, full[name], samples) for name, array in batch.bags.items()},
+            weights={name: _pad(array, *shapes[name], 0.0) for name, array in batch.weights.items()},
+            bags={name: _pad(array, *shapes[name], self._samples) for name, array in batch.bags.items()},
             step=np.array(step, np.int32),
             samples=np.array(batch.samples, np.int32),
             features=self._full,
@@ -323,12 +330,6 @@ def _doubled(bound: int, number: int) -> int:
     while bound < number:
         bound *= 2
     return bound
-
-
-def _pad_ids(array: np.ndarray, batch: Batch, full: FeatureLayout, filler: float) -> np.ndarray:
-    """What a feature has for each id, padded to the full shape, `[full.lookups]`."""
-    part = next(part for part in batch.features if part.name == full.name)
-    return _pad(array, part.shape, full.shape, filler)
 
 
 def _pad(flat: np.ndarray, shape: tuple[int, ...], full: tuple[int, ...], filler: float) -> np.ndarray:

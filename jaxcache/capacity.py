@@ -86,6 +86,12 @@ class Capacity:
             raise ValueError(f"{asked} does not hold a single row, which takes {costs[0]:,} bytes")
         return cls(tuple(groups), known, budget, costs, asked)
 
+    def holds(self, slots: Sequence[int]) -> bool:
+        """Whether a cache of so many slots of each group is what was asked for, or within the budget."""
+        if self.slots is not None:
+            return tuple(slots) == self.slots
+        return sum(cost * number for cost, number in zip(self.costs, slots, strict=True)) <= self.budget
+
     def split(self, unique: np.ndarray) -> tuple[int, ...]:
         """The slots of each group, in proportion to its unique rows per batch.
 
@@ -128,7 +134,10 @@ class Capacity:
         for _ in range(200):
             middle = (low + high) / 2
             low, high = (middle, high) if costs @ slots_at(middle) <= self.budget else (low, middle)
-        return tuple(int(number) for number in slots_at(low))
+        slots = tuple(int(number) for number in slots_at(low))
+        if _MOST_SLOTS in slots:
+            raise ValueError(f"{self.asked} gives a group {_MOST_SLOTS:,} slots: a cache holds fewer than 2**31 - 1")
+        return slots
 
 
 def rows_of(capacity: Any, rows: int) -> int | None:

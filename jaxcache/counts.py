@@ -35,9 +35,9 @@ def count_ids(
         loader: an iterable of batches, such as `LookAhead` takes; a generator is used up, and training needs another
             one. Or the path of a file, which `traces.read_ids` then reads as batches: `.npz`, Parquet or Criteo.
         tables: a store, or its tables by name.
-        ids: maps a batch to its ids, as for `LookAhead`: a mapping of names of tables to integer arrays `[B, ...]`.
-            By default the batch itself. Where training names or hashes what a file holds, it must do the same:
-            `ids=lambda part: {"item": part["0"] % rows}`.
+        ids: maps a batch to its ids, as for `LookAhead`: a mapping of names of features, or of tables, to integer
+            arrays `[B, ...]` or `Bags`. By default the batch itself. Where training names or hashes what a file holds,
+            it must do the same: `ids=lambda part: {"item": part["0"] % rows}`.
         features: by name, what the model looks up, as for `LookAhead`.
 
     Returns:
@@ -63,7 +63,7 @@ def count_ids(
     known = Features(groups, features)
     for content in loader:
         for lookups, counted in zip(Batch.read(content, ids, known, hold=False).lookups, counts, strict=True):
-            for table, rows in zip(lookups.tables, np.split(lookups.ids, lookups.starts[1:-1]), strict=True):
+            for table, rows in lookups.by_feature():
                 np.add.at(counted[table], rows, 1)
     found: dict[str, np.ndarray] = {}
     for group, counted in zip(groups, counts, strict=True):
@@ -72,9 +72,11 @@ def count_ids(
 
 
 def hottest_rows(counts: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """The rows that are looked up most, `number` of all tables together: those that `static(counts)` pins at the start.
+    """The rows that are looked up most, `number` of all tables together.
 
-    Equal counts go by table and id; rows that are never looked up are left out.
+    Where all tables share one group, these are the rows that `static(counts)` pins at the start. It ranks the rows of
+    each group by themselves: with several groups, take the counts of one group's tables and its slots at a time. Equal
+    counts go by table and id; rows that are never looked up are left out.
 
     For `hot_batches` under `static(counts)`, `number` should stay below the slots by the unique rows of a mixed batch:
     rows that pass through take the slots of the coldest pinned rows.

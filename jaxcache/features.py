@@ -249,4 +249,8 @@ def _read_weights(name: str, ids: np.ndarray, weights: Any) -> np.ndarray:
         )
     if weights.size and (weights.dtype == bool or not np.can_cast(weights.dtype, np.float64, "same_kind")):
         raise TypeError(f"the weights of feature {name!r} are {weights.dtype}; they must be real numbers")
-    return weights.astype(np.float32).reshape(-1)
+    with np.errstate(over="ignore"):
+        narrow = weights.astype(np.float32).reshape(-1)
+    if np.isinf(narrow).any() and not np.isinf(weights).any():
+        raise ValueError(f"the weights of feature {name!r} do not fit float32: {np.abs(weights).max()} is the largest")
+    return narrow

@@ -25,7 +25,7 @@ def _compiled_version():
 index.discard_stale(_compiled_version, __name__)
 
 
-def scratch() -> np.ndarray:
+def new_scratch() -> np.ndarray:
     """What `deduplicate` needs for itself, one a thread: `int32`, ABSENT everywhere whenever no call is under way."""
     return np.full(SMALL_ROWS, ABSENT, np.int32)
 
@@ -55,7 +55,7 @@ def deduplicate(ids, chunks, bases, small, cells, scratch, inverse, keys, occurr
         bases: `uint64[tables]`, key of each table's first row.
         small: `bool[tables]`, tables of at most SMALL_ROWS rows: a row's id is its place in `scratch`.
         cells: the index, which is only read.
-        scratch: from `scratch()`.
+        scratch: from `new_scratch()`.
         inverse: `int32[L]`, set to the position of each lookup's row among its chunk's unique rows.
         keys, occurrences, entries: `int64[L]`, `int32[L]`, `int32[L]`. From a chunk's start on they are set to the key
             of each unique row, in order of first occurrence, the lookups of it, and its value in the index or ABSENT.

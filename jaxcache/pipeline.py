@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import functools
+import itertools
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from jaxcache import kernels
 from jaxcache.batches import Batch, Lookups, Shapes, fingerprint, padded
 from jaxcache.capacity import MEASURED_BATCHES, Capacity
 from jaxcache.features import Feature, FeatureLayout, Features
+from jaxcache.index import ABSENT
 from jaxcache.optimizers import Rows
 from jaxcache.planner import (
     REMEMBERED_BATCHES,
@@ -31,6 +33,7 @@ from jaxcache.planner import (
     Planner,
     ResidentPlanner,
     Window,
+    Workers,
 )
 from jaxcache.policies import Policy, lookahead
 from jaxcache.report import GroupReport, Report, Stage
@@ -114,13 +117,9 @@ class _Ahead:
     batch: Batch
     observed: tuple[Observed, ...]
     planned: tuple[PlannedBatch, ...]
+    wait_for: int  # the latest batch whose victims are among the rows that this one fetches, and are to come home
     window: int
     limited: bool
-
-    @property
-    def wait_for(self) -> int:
-        """The latest batch whose victims are among the rows that this one fetches."""
-        return max(planned.wait_for for planned in self.planned)
 
     @property
     def home_first(self) -> bool:
@@ -155,7 +154,7 @@ class _Returning:
     """Victims on their way home: those of each group, and what the exchange returned."""
 
     planned: tuple[PlannedBatch, ...]
-    rows: tuple[Rows | None, ...]
+    rows: tuple[Rows, ...]
     record: Any
 
 
@@ -196,8 +195,8 @@ class LookAhead:
         slots: capacity of the cache in rows, or as a share of all rows such as "1.5%". It must hold the unique rows of
             any one batch. With as many slots as rows ("100%") every row is brought in at the start and stays. Where
             the tables are of several groups (dims, dtypes, optimizers), slots are split in proportion to the unique
-            rows of each group in the first batches; or a mapping gives the slots of each group, by the name of one of
-            its tables.
+            rows of each group in the first 8 batches, which `start` then draws; or a mapping gives the slots of each
+            group, by the name of one of its tables.
         device_bytes: capacity of the cache in bytes on the device, such as "4GiB", instead of `slots`.
         features: by name, what the model looks up; the name of a table is its own feature where none is given.
         policy: which rows make room, by default `lookahead()`; see `jaxcache.policies`. It changes what is moved and
@@ -407,20 +406,20 @@ class LookAhead:
         ]
         if cache is None:
             cache = init(self._store, self._slots)
-            self._store.loaded = False
         self._first_step = self._store.exchanged = int(cache.step)
         for report, state in zip(self._report.groups.values(), cache.groups, strict=True):
             report.slots, report.device_bytes = state.slots, state.nbytes
         self._abstract_groups, self._abstract_counters = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (cache.groups, Counters.of(cache))
         )
-        made = [self._make_planner(number, state) for number, state in enumerate(cache.groups)]
+        workers = Workers(self._thread_number)
+        made = [self._make_planner(number, state, workers) for number, state in enumerate(cache.groups)]
         cache = dataclasses.replace(cache, groups=tuple(state for _, state in made))
         planners = [planner for planner, _ in made]
         self._started = True
         if not self._threads:
             self._start_thread("loader", self._draw_batches)
-        self._start_thread("plan", lambda: self._plan_batches(planners))
+        self._start_thread("plan", lambda: self._plan_batches(planners, workers))
         self._start_thread("collect", self._collect_rows)
         self._start_thread("write-back", self._write_back)
         return cache
@@ -438,12 +437,13 @@ class LookAhead:
             self._start_thread("loader", self._draw_batches)
         unique: list[list[int]] = []
         while len(unique) < MEASURED_BATCHES:
-            try:
-                batch = self._drawn.get(self._stages["plan"], poll=self._poll)
-            except _Closed:
-                self._raise_errors()
-                raise
-            self._first_batches.append(batch)
+            if len(unique) == len(self._first_batches):
+                try:
+                    self._first_batches.append(self._drawn.get(self._stages["plan"], poll=self._poll))
+                except _Closed:
+                    self._raise_errors()
+                    raise
+            batch = self._first_batches[len(unique)]
             if batch is _END:
                 break
             pairs = zip(batch.lookups, self._store.groups, strict=True)
@@ -458,6 +458,11 @@ class LookAhead:
         self._check_cache(cache, "start")
         if int(cache.fault) != CacheState.NO_FAULT:
             raise ValueError("the cache given to start() met a fault in its last pipeline: its steps are not sound")
+        if not self._capacity.holds(cache.slots):
+            raise ValueError(
+                f"the cache given to start() has {_counted(cache.slots)} slots, which is more than "
+                f"{self._capacity.asked}: ask for as much as it has, or flush it and start() with none"
+            )
         if self._store.loaded:
             raise ValueError(
                 "rows were loaded into the store since the cache given to start() was filled, which has older ones: "
@@ -472,7 +477,7 @@ class LookAhead:
         # A loop that was left between exchange and update has an exchange too many.
         return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32))
 
-    def _make_planner(self, number: int, state: GroupCache) -> tuple[Planner, GroupCache]:
+    def _make_planner(self, number: int, state: GroupCache, workers: Workers) -> tuple[Planner, GroupCache]:
         """The planner of a group, and its cache with the rows in it that are to be there before the first batch."""
         group, slots = self._store.groups[number].group, self._slots[number]
         occupied, keys = slot_keys(group, np.array(state.slot_table))
@@ -500,7 +505,7 @@ class LookAhead:
             self._max_window,
             memory=REMEMBERED_BATCHES,
             resident=(keys[order], occupied[order], lookups[order].astype(np.int64)),
-            threads=self._thread_number,
+            workers=workers,
         )
         return planner, state
 
@@ -514,7 +519,8 @@ class LookAhead:
             part = keys[first : first + size]
             slots = np.arange(first, first + len(part), dtype=np.int32)
             exchange = self._group_exchange(number, part, slots, size)
-            state, _ = insert(state, counters, jax.tree.map(jnp.asarray, exchange), step)
+            contents, _ = insert(state.contents, counters, jax.tree.map(jnp.asarray, exchange), step)
+            state = state.holding(contents)
         return state
 
     # The caller's side
@@ -589,17 +595,17 @@ class LookAhead:
             exchange = self._take_victims_home(cache, ready)
             planned = tuple(dataclasses.replace(part, victims=_NO_KEYS) for part in planned)
         counters = Counters.of(cache)
-        exchanged = [
-            program(group, counters, part, exchange.step)
-            for program, group, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True)
-        ]
-        groups, rows = zip(*exchanged, strict=True)
+        groups, rows = [], []
+        for program, group, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True):
+            contents, outgoing = program(group.contents, counters, part, exchange.step)
+            groups.append(group.holding(contents))
+            rows.append(outgoing)
         counters, record = _compile_count(self._device)(counters, exchange.step)
-        state = CacheState(groups, counters.step, counters.exchanged, counters.fault)
+        state = CacheState(tuple(groups), counters.step, counters.exchanged, counters.fault)
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put(_Returning(planned, rows, record), self._stages["step"])
+        self._returning.put(_Returning(planned, tuple(rows), record), self._stages["step"])
         with self._progress:
             self._exchanged += 1
         self._count_exchange(ready)
@@ -685,6 +691,11 @@ class LookAhead:
                     "and the train step return, `cache = ...`, and flush that"
                 )
             # A cache that met a fault has kept its last good rows: they are saved before the fault is raised.
+            if self._store.loaded and any(np.asarray(state.dirty).any() for state in cache.groups):
+                raise RuntimeError(
+                    "rows were loaded into the store since this cache was flushed, and it would write its older ones "
+                    "over them: start() a new cache, and assign what flush returns, `cache = ahead.flush(cache)`"
+                )
             self._write_dirty_rows(cache)
             self._flushed_before_update = int(cache.step) < found
             fault = int(cache.fault)
@@ -878,7 +889,7 @@ class LookAhead:
             self._drawn.put(batch, stage)
         self._drawn.put(_END, stage)
 
-    def _plan_batches(self, planners: Sequence[Planner]) -> None:
+    def _plan_batches(self, planners: Sequence[Planner], workers: Workers) -> None:
         stage = self._stages["plan"]
         source = self._drawn_batches() if self._future is None else self._future_batches(self._future)
         ahead: deque[tuple[Batch | _Expected, tuple[Observed, ...]]] = deque()
@@ -919,7 +930,9 @@ class LookAhead:
                 with stage.working():
                     planned = tuple(planner.plan() for planner in planners)
                 limited = limited and any(len(part.victims) for part in planned)
-                self._planned.put(_Ahead(number, batch, observed, planned, window, limited), stage)
+                trained = (not rows.group.frozen for rows in self._store.groups)
+                wait_for = max((part.wait_for for part in itertools.compress(planned, trained)), default=ABSENT)
+                self._planned.put(_Ahead(number, batch, observed, planned, wait_for, window, limited), stage)
                 number += 1
             if self._future is not None and drawn is not _END and self._next_drawn() is not _END:
                 raise ValueError(
@@ -928,8 +941,7 @@ class LookAhead:
                 )
             self._planned.put(_END, stage)
         finally:
-            for planner in planners:
-                planner.close()
+            workers.close()
 
     def _drawn_batches(self) -> Iterator[tuple[Batch, tuple[Lookups, ...]]]:
         while (batch := self._next_drawn()) is not _END:
@@ -1001,7 +1013,8 @@ class LookAhead:
         abstract = jax.eval_shape(
             lambda: jax.tree.map(jnp.asarray, self._group_exchange(number, _NO_KEYS, _NO_SLOTS, size))
         )
-        leaves, treedef = jax.tree.flatten((self._abstract_groups[number], self._abstract_counters, abstract))
+        contents = self._abstract_groups[number].contents
+        leaves, treedef = jax.tree.flatten((contents, self._abstract_counters, abstract))
         return _compile_exchange(treedef, tuple(leaves), self._device)
 
     def _exchange(self, ahead: _Ahead, bounds: Sequence[int]) -> _Exchange:
@@ -1037,7 +1050,7 @@ class LookAhead:
             raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
         with stage.working():
             for planned, rows, store in zip(returning.planned, returning.rows, self._store.groups, strict=True):
-                if len(planned.victims) and rows is not None:
+                if len(planned.victims) and not store.group.frozen:
                     last = len(planned.fetched)
                     self._write_home(store, planned.victims, rows, slice(last - len(planned.victims), last))
         with self._progress:
@@ -1100,10 +1113,10 @@ def _group_view(store: RowStore, keys: np.ndarray, bound: int) -> GroupCache:
 
 @functools.lru_cache(maxsize=256)
 def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], device: jax.Device) -> Any:
-    """The exchange of a group compiled for a size class; kept, so that an equal pipeline compiles nothing."""
-    state, counters, exchange = jax.tree.unflatten(treedef, leaves)
+    """The exchange of a group compiled for a size class; kept, so that an equal group or pipeline compiles nothing."""
+    contents, counters, exchange = jax.tree.unflatten(treedef, leaves)
     with jax.default_device(device):
-        return jax.jit(exchange_group, donate_argnums=0).lower(state, counters, exchange, counters.step).compile()
+        return jax.jit(exchange_group, donate_argnums=0).lower(contents, counters, exchange, counters.step).compile()
 
 
 @functools.lru_cache

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcache import index
 from jaxcache.index import ABSENT, prefetch
-from jaxcache.lookups import SMALL_ROWS, chunks, deduplicate, renumber, scratch
+from jaxcache.lookups import SMALL_ROWS, chunks, deduplicate, new_scratch, renumber
 from jaxcache.policies import Policy, lookahead
 from jaxcache.tables import Group
 
@@ -61,6 +61,33 @@ class PlannedBatch:
     wait_for: int
 
 
+class Workers:
+    """Threads that deduplicate lookups, each with a scratch of its own; planners that take turns share them."""
+
+    def __init__(self, threads: int):
+        self._scratches = [new_scratch() for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads - 1, "jaxcache-planner") if threads > 1 else None
+
+    def share(self, parts: np.ndarray, work: Callable[[slice, np.ndarray], None]) -> None:
+        """Calls `work(part, scratch)` on ranges of the chunks `parts`, about equal, in as many threads as pay."""
+        lookups = int(parts[-1, 1]) if len(parts) else 0
+        threads = min(len(self._scratches), len(parts), lookups // _THREAD_LOOKUPS)
+        if threads <= 1 or self._pool is None:
+            work(slice(0, len(parts)), self._scratches[0])
+            return
+        cuts = np.searchsorted(parts[:, 1], np.arange(1, threads) * lookups // threads)
+        ranges = list(map(slice, [0, *cuts], [*cuts, len(parts)]))
+        futures = [self._pool.submit(work, *one) for one in zip(ranges[1:], self._scratches[1:], strict=False)]
+        work(ranges[0], self._scratches[0])
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
 class TooFewSlots(ValueError):
     """A batch has more unique rows than the cache has slots."""
 
@@ -95,9 +122,6 @@ class Planner(Protocol):
 
     def plan(self) -> PlannedBatch:
         """Plans the oldest observed batch. Raises `TooFewSlots`, and then changes nothing."""
-
-    def close(self) -> None:
-        """Ends its threads."""
 
 
 # An entry stands for a row that is resident, wanted by a batch of the window, or lately evicted.
@@ -594,7 +618,7 @@ class LookAheadPlanner:
         memory: for how many batches evicted rows are remembered, so that `wait_for` is exact within it.
         resident: keys `int64[N]`, least recently used first, slots `int64[N]` and lookups `int64[N]` of a cache
             that is warm; the slots must be the first N.
-        threads: threads that deduplicate and probe.
+        workers: what deduplicates and probes; by default the caller's thread alone.
 
     Attributes:
         limited: whether the window was cut short by `max_window` when `wants_batch` was called last.
@@ -618,7 +642,7 @@ class LookAheadPlanner:
         max_window: int = 1024,
         memory: int = 0,
         resident: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-        threads: int = 1,
+        workers: Workers | None = None,
     ):
         policy = policy or lookahead()
         self._slots, self._memory, self._max_window = slots, memory, max_window
@@ -643,8 +667,7 @@ class LookAheadPlanner:
         self._observed = self._planned = self._evictions = self._rescaled = 0
         self._crowded: int | None = None  # the first plan that looked at more rows than there are slots for
         self._floor = _level(1.0)
-        self._scratches = [scratch() for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads - 1, "jaxcache-planner") if threads > 1 else None
+        self._workers = workers or Workers(1)
         self.limited = False
         if resident is not None:
             self._admit(*resident, pinned=policy.warm_keys(group, slots) if self._passes else None)
@@ -769,16 +792,16 @@ class LookAheadPlanner:
         inverse, found, occurrences = (np.empty(lookups, np.int32) for _ in range(3))
         keys, uniques = np.empty(lookups, np.int64), np.empty(len(parts), np.int64)
 
-        def deduplicate_part(part: slice, thread: int) -> None:
+        def deduplicate_part(part: slice, scratch: np.ndarray) -> None:
             deduplicate(
-                ids, parts[part], self._bases, self._small, self._cells, self._scratches[thread], inverse, keys,
+                ids, parts[part], self._bases, self._small, self._cells, scratch, inverse, keys,
                 occurrences, uniques[part], found,
             )  # fmt: skip
 
-        def renumber_part(part: slice, thread: int) -> None:
+        def renumber_part(part: slice, scratch: np.ndarray) -> None:
             renumber(parts[part], found, inverse)
 
-        self._share(parts, deduplicate_part)
+        self._workers.share(parts, deduplicate_part)
         unique = int(uniques.sum())
         self._reserve(unique, unique)
         batch_occurrences = np.empty(unique, np.int32)
@@ -786,31 +809,12 @@ class LookAheadPlanner:
             self._observed, parts, keys, occurrences, uniques, found, self._order, self._counts, self._first_use(),
             self._batches, self._cells, self._entries, self._uses, self._heap, self._counters, batch_occurrences,
         )  # fmt: skip
-        self._share(parts, renumber_part)
+        self._workers.share(parts, renumber_part)
         observed = Observed(inverse, batch_occurrences[:unique].copy())  # a view would hold all of it
         self._ahead.append(observed.occurrences)
         self._counters[_USES] += unique
         self._observed += 1
         return observed
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _share(self, parts: np.ndarray, work: Callable[[slice, int], None]) -> None:
-        """Calls `work(part, thread)` on parts of about equal size, in as many threads as are worth it."""
-        lookups = int(parts[-1, 1]) if len(parts) else 0
-        threads = min(len(self._scratches), len(parts), lookups // _THREAD_LOOKUPS)
-        if threads <= 1 or self._pool is None:
-            work(slice(0, len(parts)), 0)
-            return
-        cuts = np.searchsorted(parts[:, 1], np.arange(1, threads) * lookups // threads)
-        ranges = list(map(slice, [0, *cuts], [*cuts, len(parts)]))
-        futures = [self._pool.submit(work, part, thread) for thread, part in enumerate(ranges[1:], 1)]
-        work(ranges[0], 0)
-        for future in futures:
-            future.result()
 
     def plan(self) -> PlannedBatch:
         """See `Planner.plan`."""
@@ -919,6 +923,3 @@ class ResidentPlanner:
         """See `Planner.plan`."""
         none, no_keys = np.empty(0, np.int32), np.empty(0, np.int64)
         return PlannedBatch(self._ahead.popleft(), none, no_keys, none, no_keys, ABSENT)
-
-    def close(self) -> None:
-        """See `Planner.close`."""

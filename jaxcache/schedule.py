@@ -169,7 +169,7 @@ class hot_batches:
         """Whether all ids of each sample are hot, `bool[samples]`."""
         (lookups,) = batch.lookups
         missed = [np.zeros(0, bool)]
-        for table, ids in zip(lookups.tables, np.split(lookups.ids, lookups.starts[1:-1]), strict=True):
+        for table, ids in lookups.by_feature():
             found = np.empty(len(ids), np.int64)
             index.find_all(self._cells[table], ids, found)
             missed.append(found == ABSENT)
@@ -177,6 +177,11 @@ class hot_batches:
         cold[slice(None) if lookups.places is None else lookups.places] = np.concatenate(missed)
         hot, start = np.ones(batch.samples, bool), 0
         for feature in batch.features:
+            if feature.bags is not None:
+                raise ValueError(
+                    f"hot_batches cannot take the ragged bags of feature {feature.name!r} apart into samples: pad them "
+                    "to [B, L], with Feature(..., padding=...)"
+                )
             here = cold[start : start + feature.lookups].reshape(feature.shape)
             hot &= ~here.any(axis=tuple(range(1, len(feature.shape))))
             start += feature.lookups

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 Array = Any
 
 
+class Contents(NamedTuple):
+    """The arrays of a `GroupCache`; fields as there."""
+
+    buffer: Rows
+    slot_table: Array
+    counts: Array
+    dirty: Array
+    scalars: tuple[Array, ...]
+    hyperparameters: tuple[Array, ...]
+    streams: Array
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["buffer", "slot_table", "counts", "dirty", "scalars", "hyperparameters", "streams"],
@@ -59,6 +71,15 @@ class GroupCache:
     streams: Array
     group: Group
     optimizer: RowOptimizer
+
+    @property
+    def contents(self) -> Contents:
+        """Its arrays."""
+        return Contents(*(getattr(self, name) for name in Contents._fields))
+
+    def holding(self, contents: Contents) -> GroupCache:
+        """The same group with other arrays."""
+        return dataclasses.replace(self, **contents._asdict())
 
     @property
     def slots(self) -> int:
@@ -414,24 +435,30 @@ class Counters(NamedTuple):
 
 
 def exchange_group(
-    state: GroupCache, counters: Counters, exchange: GroupExchange, step: Array
-) -> tuple[GroupCache, Rows | None]:
+    contents: Contents, counters: Counters, exchange: GroupExchange, step: Array
+) -> tuple[Contents, Rows]:
     """Takes the victims of a batch out of their slots in one group and puts its missed rows in. Pure.
 
+    Args:
+        contents: of the group: all but its static data, so that groups of equal shapes share a compiled program. Those
+            that do not change go through it too, or they would be committed to a device by the user's step where the
+            others are not, and the step be compiled once more.
+        counters: of the cache.
+        exchange: the rows.
+        step: `int32[]`, number of the batch.
+
     Returns:
-        The group, and the outgoing `Rows`, `[M, ...]`: what was in the slots that were filled; None for a frozen group,
-        whose rows need not go home. Nothing changes unless the cache stands right after the update of the batch before
-        `step`.
+        The contents, and the outgoing `Rows`, `[M, ...]`: what was in the slots that were filled. Nothing changes
+        unless the cache stands right after the update of the batch before `step`.
     """
     size = exchange.slots.shape
     (buffer, slot_table, counts, dirty), (outgoing, *_) = kernels.exchange(
-        (state.buffer, state.slot_table, state.counts, state.dirty),
+        (contents.buffer, contents.slot_table, contents.counts, contents.dirty),
         exchange.slots,
         (exchange.rows, exchange.slot_table, jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)),
         _may_exchange(counters, step),
     )
-    state = dataclasses.replace(state, buffer=buffer, slot_table=slot_table, counts=counts, dirty=dirty)
-    return state, None if state.group.frozen else outgoing
+    return contents._replace(buffer=buffer, slot_table=slot_table, counts=counts, dirty=dirty), outgoing
 
 
 def count_exchange(counters: Counters, step: Array) -> tuple[Counters, Array]:

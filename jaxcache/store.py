@@ -135,12 +135,18 @@ class RowStore:
 
         Raises:
             TypeError: for arrays of another dtype than those that `read` returns: nothing is converted here.
+            ValueError: for fewer than N rows, or rows of another shape.
         """
         if len(keys) == 0:
             return
         for leaf, new in zip(self._leaves(self._rows), self._leaves(rows), strict=True):
             if leaf.dtype != new.dtype:
                 raise TypeError(f"rows of {', '.join(self.group.names)} are kept as {leaf.dtype}, got {new.dtype}")
+            if len(new) < len(keys) or new.shape[1:] != leaf.shape[1:]:
+                raise ValueError(
+                    f"write of {len(keys)} rows of {', '.join(self.group.names)} got an array of shape {new.shape}: "
+                    f"it must be {(len(keys), *leaf.shape[1:])}"
+                )
         positions = np.empty(len(keys), np.int64)
         with self._lock:
             index.find_all(self._cells, keys, positions)
@@ -226,7 +232,7 @@ class HostStore:
         step: updates done as of the last flush.
         exchanged: exchanges whose victims are home: the newest cache has made as many.
         unwritten: what kept victims from being written, until a later `flush` has written them.
-        loaded: whether rows were loaded since a pipeline last started without a cache: those filled before are stale.
+        loaded: whether rows were loaded since the last exchange: caches that were filled before are stale.
 
     >>> tables = {"user": Table(10**9, 2), "item": Table(40, 2), "word": Table(9, 3, frozen=True)}
     >>> store = HostStore(tables, optimizer=optax.sgd(0.1), seed=0)
@@ -312,7 +318,7 @@ class HostStore:
         """Sets every row of a table to given weights, with the optimizer state of rows that were never updated.
 
         The weights are read a few thousand rows at a time, so that no second copy of them is made in memory, and are
-        rounded to the nearest of the table's dtype; a master copy keeps the float32 values.
+        rounded to float32, and from there to the nearest of the table's dtype; a master copy keeps the float32 values.
 
         Args:
             table: its name. Frozen tables can be loaded too.
@@ -422,7 +428,7 @@ class HostStore:
 
     def mark_behind(self) -> None:
         """Notes that a cache now holds newer rows."""
-        self._behind = True
+        self._behind, self.loaded = True, False
 
     def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
         """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""
@@ -518,6 +524,8 @@ class _Weights:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         array = np.asarray(self._array[rows])
+        if array.shape != (rows.stop - rows.start, self._table.dim):
+            raise ValueError(f"{self._refused}: its rows {rows.start} to {rows.stop - 1} have shape {array.shape}")
         return array.view(self._dtype) if array.dtype.kind == "V" else array
 
     def check_range(self) -> None:

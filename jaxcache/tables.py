@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -261,18 +262,17 @@ class Group:
 
     def streams(self, seed: int) -> np.ndarray:
         """A number for each table that stands for the store's seed and the table's name, `uint64[tables]`."""
-        # The name, not the position: adding a table leaves the others as they were.
-        digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in self.names)
-        names = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
-        return np.array([mix(mix(np.uint64(seed % 2**64)) ^ name) for name in names], np.uint64)
+        return _streams(self.names, seed)
 
     def initial_weights(self, seed: int, keys: np.ndarray) -> np.ndarray:
         """The weights `float32[N, dim]` that the rows at `keys` have before any training."""
         table_of, ids = self.locate(keys)
         streams = self.streams(seed)
         weights = np.empty((len(ids), self.dim), np.float32)
-        for position in np.flatnonzero(np.bincount(table_of, minlength=len(self.tables))):
-            here = np.flatnonzero(table_of == position)
+        by_table = np.argsort(table_of.astype(np.int32), kind="stable")
+        stops = np.cumsum(np.bincount(table_of, minlength=len(self.tables)))
+        for position in np.flatnonzero(np.diff(stops, prepend=0)):
+            here = by_table[stops[position - 1] if position else 0 : stops[position]]
             table = self.tables[position]
             initial = table.initializer(int(streams[position]), ids[here], table)
             if np.shape(initial) != (len(here), self.dim):
@@ -285,6 +285,16 @@ class Group:
 
 
 _FORMAT = ("dim", "dtype", "rounding", "master_copy", "frozen", "optimizer")
+
+
+@functools.lru_cache
+def _streams(names: tuple[str, ...], seed: int) -> np.ndarray:
+    # The name, not the position: adding a table leaves the others as they were.
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    numbers = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+    streams = np.array([mix(mix(np.uint64(seed % 2**64)) ^ number) for number in numbers], np.uint64)
+    streams.flags.writeable = False
+    return streams
 
 
 def _format(table: Table) -> tuple:

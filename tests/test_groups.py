@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxcache as jc
+from jaxcache.pipeline import _compile_exchange
 
 ADAM = optax.adam(0.05)
 TABLES = {
@@ -171,6 +172,62 @@ def test_a_cache_from_before_a_load_is_refused():
     assert (store.rows("word", np.arange(40)) == 1).all()
 
 
+def test_a_start_without_a_step_does_not_hide_that_rows_were_loaded():
+    store = make_store()
+    cache, _, _ = train(store, make_batches(), slots=SLOTS)
+    store.load("word", np.ones((40, 2), np.float32))
+    train(store, [], slots=SLOTS, flush=False)
+    with pytest.raises(ValueError, match="rows were loaded into the store since"):
+        train(store, make_batches(), cache, slots=SLOTS)
+
+
+def test_a_cache_that_was_flushed_without_assignment_is_not_written_over_loaded_rows():
+    store = make_store()
+    with jc.LookAhead(store, make_batches(), lambda b: b["ids"], features=FEATURES, slots=SLOTS) as ahead:
+        cache = ahead.start()
+        for batch, plan in ahead:
+            cache, _ = step(ahead.exchange(cache, plan), plan, batch["label"])
+        ahead.flush(cache)
+    store.load("user", np.ones((60, 4), np.float32))
+    with pytest.raises(RuntimeError, match=r"rows were loaded.*assign what flush returns"):
+        ahead.flush(cache)
+    assert (store.rows("user", np.arange(60)) == 1).all()
+
+
+def test_a_warm_cache_larger_than_what_is_asked_for_is_refused():
+    store = make_store()
+    cache, _, _ = train(store, make_batches(), slots=SLOTS)
+    for arguments in ({"slots": 68}, {"device_bytes": cache.nbytes - 100}):
+        with pytest.raises(ValueError, match=r"has 14 \+ 42 \+ 13 slots, which is more than LookAhead\("):
+            train(store, make_batches(), cache, **arguments)
+    cache, _, _ = train(store, make_batches(), cache, device_bytes=cache.nbytes)
+    train(store, make_batches(), cache, slots=69)
+
+
+def test_a_start_that_found_too_few_slots_can_be_tried_again():
+    with jc.LookAhead(make_store(), make_batches(number=3), lambda b: b["ids"], features=FEATURES, slots=20) as ahead:
+        for _ in range(2):
+            with pytest.raises(jc.TooFewSlots, match="too small for the groups of tables"):
+                ahead.start()
+
+
+def test_groups_of_equal_shapes_share_their_compiled_exchanges():
+    def compiled(number):
+        tables = {f"{number} {i}": jc.Table(50 + i, 5, optimizer=optax.sgd(0.1)) for i in range(number)}
+        store = jc.HostStore(tables)
+        batches = [{name: np.arange(30) for name in tables}]
+        before = _compile_exchange.cache_info().misses
+        with jc.LookAhead(store, batches, lambda b: b, slots=dict.fromkeys(tables, 40)) as ahead:
+            cache = ahead.start()
+            for _, plan in ahead:
+                cache = ahead.exchange(cache, plan)
+                cache = jc.update(cache, plan, jc.lookup(cache, plan))
+            ahead.flush(cache)
+        return _compile_exchange.cache_info().misses - before
+
+    assert compiled(1) > 0 and compiled(3) == 0
+
+
 def test_evaluations_read_the_newest_rows_and_change_nothing(uncached):
     held_out, results, expected = make_batches(9, 3), [], []
 
@@ -207,6 +264,9 @@ def test_counting_and_hot_batches_know_features():
     for name, rows in expected.items():
         np.testing.assert_array_equal(counts[name], rows)
 
+    only_users = jc.count_ids([{"user": [3, 3]}], TABLES)
+    assert only_users["user"][3] == 2 and not any(only_users[name].any() for name in ("item", "shop", "word"))
+
     histories = [{"seen": batch["ids"]["seen"]} for batch in batches[:-1]]
     hot = {"item": [0, 1, 2, 5]}
     packed = jc.hot_batches(histories, hot, features={"seen": jc.Feature("item", "mean", padding=-1)})
@@ -215,5 +275,9 @@ def test_counting_and_hot_batches_know_features():
     is_hot = np.isin(whole, [-1, *hot["item"]]).all(axis=1)
     assert packed.report().hot_samples == is_hot.sum() > 0
     assert sorted(map(tuple, np.concatenate(found))) == sorted(map(tuple, whole))
+    ragged = [{"ids": np.array([1, 9, 2]), "lengths": np.array([2, 1, 0])}]  # as many ids as samples
+    as_bags = lambda batch: {"bags": jc.Bags(batch["ids"], np.cumsum([0, *batch["lengths"]]))}  # noqa: E731
+    with pytest.raises(ValueError, match="cannot take the ragged bags of feature 'bags' apart"):
+        list(jc.hot_batches(ragged, {"item": [1, 2]}, as_bags, {"bags": jc.Feature("item", "sum")}))
     with pytest.raises(KeyError, match="feature 'seen' looks up table 'item'"):
         jc.hot_batches(histories, {"user": [1]}, features={"seen": jc.Feature("item")})

@@ -199,4 +199,4 @@ def test_an_exchange_addresses_rows_of_the_largest_caches(table):
     counters = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), Counters.of(cache))
     rows = jax.tree.map(lambda leaf: shape((UNIQUE, *leaf.shape[1:]), leaf.dtype), state.buffer)
     incoming = GroupExchange(PLACES, shape((UNIQUE, 3), jnp.int32), rows)
-    check_index_arithmetic(exchange_group, state, counters, incoming, shape((), jnp.int32))
+    check_index_arithmetic(exchange_group, state.contents, counters, incoming, shape((), jnp.int32))

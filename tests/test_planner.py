@@ -19,7 +19,7 @@ from criteo import read_criteo
 from jaxcache import planner as planner_module
 from jaxcache import policies
 from jaxcache.lookups import CHUNK_LOOKUPS, SMALL_ROWS, deduplicate
-from jaxcache.planner import ABSENT, LookAheadPlanner, ResidentPlanner
+from jaxcache.planner import ABSENT, LookAheadPlanner, ResidentPlanner, Workers
 
 LARGEST = 2**63 - 1
 GROUPS = {
@@ -535,7 +535,7 @@ def test_plans_do_not_depend_on_the_number_of_threads(lookups, monkeypatch):
     )
     for threads in (1, 2, 4):
         calls.clear()
-        pairs = list(plan_all(LookAheadPlanner(group, slots, window=2, threads=threads), batches))
+        pairs = list(plan_all(LookAheadPlanner(group, slots, window=2, workers=Workers(threads)), batches))
         assert len(calls) == threads * len(batches)  # large enough for all of them
         assert threads == 1 or len(set(calls)) > 1
         assert any(len(planned.victims) for _, planned in pairs)
