@@ -249,16 +249,17 @@ def lookup(cache: CacheState, plan: Plan) -> dict[str, jax.Array]:
     ready = _ready(cache, plan)
     flat = []
     for state, part in zip(cache.groups, plan.groups, strict=True):
-        rows = kernels.gather(state.buffer.weights, part.unique_slots, part.inverse)
+        rows = kernels.gather(state.buffer.weights, part.unique_slots, part.inverse).astype(jnp.float32)
         # What is made of the rows must not depend on how XLA would fuse it with a cache of this or that size.
-        flat.append(jax.lax.optimization_barrier(rows).astype(jnp.float32))
+        flat.append(jax.lax.optimization_barrier(jnp.where(ready, rows, jnp.nan)))
     results = {}
     for feature, place in _places(plan):
         rows = flat[feature.group][place]
         if feature.combiner is not None:
             rows = _pool(rows, feature, plan, place)
-        rows = rows.reshape(feature.result(rows.shape[-1]))
-        results[feature.name] = jnp.where(ready, rows, jnp.nan)
+        if feature.bags is not None:
+            rows = jnp.where(ready, rows, jnp.nan)  # an empty bag has no rows that say so
+        results[feature.name] = rows.reshape(feature.result(rows.shape[-1]))
     return results
 
 
