@@ -380,7 +380,9 @@ class LookAhead:
         Raises:
             RuntimeError: outside `with`, at the second call, or if a cache that was not flushed holds newer rows than
                 the store.
-            ValueError: if `cache` is of another configuration, or older than the store.
+            ValueError: if `cache` is of another configuration, larger than what was asked for, or older than the store.
+            TooFewSlots: if slots are to be split over groups and do not hold each of the first batches.
+            Exception: what the loader raised, where the first batches are drawn.
         """
         if not self._entered or self._left:
             raise RuntimeError("call start() inside the block: `with LookAhead(...) as ahead: cache = ahead.start()`")

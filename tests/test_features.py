@@ -236,6 +236,7 @@ BAD_BATCHES = [
     ),
     ({"tags": bags(np.ones((2, 3), int), None, np.ones((3, 2)))}, ValueError, r"'tags' .*\(3, 2\) .*\(2, 3\)"),
     ({"tags": bags(np.ones((2, 3), int), None, [["a"] * 3] * 2)}, TypeError, "weights of feature 'tags' are <U1"),
+    ({"tags": bags(np.ones((2, 3), int), None, np.full((2, 3), -1e300))}, ValueError, "'tags' do not fit float32: 1e"),
     ({"tags": bags(np.ones((2, 3), int), None, np.ones((2, 3), complex))}, TypeError, "'tags' are complex128"),
     (
         {"seen": bags([[1, 2], [3, 4]], None, np.ones((2, 2)))},

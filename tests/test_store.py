@@ -250,6 +250,32 @@ def test_the_optimizer_of_a_group_knows_its_format(monkeypatch):
     ]
 
 
+def test_rows_of_another_shape_are_not_written(optimizers):
+    """They would be read past their end."""
+    store = fresh_store(optimizers)
+    city = store.locate("city")[0]
+    keys, row = keys_of(store, [("city", 3), ("city", 4)]), stacked([row_of("city", 1)] * 2)
+    for wrong in (row.weights[:1], row.weights[:, :-1]):
+        with pytest.raises(ValueError, match=r"write of 2 rows of city, town got an array of shape .* must be \(2, "):
+            city.write(keys, jc.Rows(wrong, row.state))
+    assert store.rows_written == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2), (2, 1)])
+def test_a_source_with_slices_of_another_shape_than_it_says_is_refused(shape):
+    class Source:
+        shape, dtype = (2, 2), np.dtype(np.float32)
+
+        def __getitem__(self, rows):
+            return np.ones(found, np.float32)
+
+    found = shape
+    store = jc.HostStore({"user": jc.Table(2, 2)}, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"cannot be loaded.*its rows 0 to 1 have shape"):
+        store.load("user", Source())
+    assert store.rows_written == 0
+
+
 def test_rows_of_another_dtype_are_not_written(optimizers):
     """Their bits would be taken for those of the table's dtype."""
     store = fresh_store(optimizers)
