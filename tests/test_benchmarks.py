@@ -31,6 +31,7 @@ def records(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_every_contender_of_both_models_has_a_record(records):
     found = [(record["model"], record["contender"]) for record in records["records"]]
     contenders = ("cached 1.5%", "cached 5%", "uncached", "dense")
@@ -42,6 +43,7 @@ def test_every_contender_of_both_models_has_a_record(records):
         assert record["ratio_to_uncached"] > 0
 
 
+@pytest.mark.slow
 def test_figures_cover_the_timed_steps_alone(records):
     by_name = {record["contender"]: record for record in records["records"] if record["model"] == "embedding"}
     for name, record in by_name.items():
@@ -58,6 +60,7 @@ def test_figures_cover_the_timed_steps_alone(records):
     assert small["stage_busy_ms"]["loader"] < 100  # the time at the closed gate is taken off
 
 
+@pytest.mark.slow
 def test_says_what_was_measured_where(records):
     assert {"python", "jax", "numba", "optax", "processor", "cores"} <= records["environment"].keys()
     assert records["case"]["name"] == "tiny"
@@ -69,6 +72,7 @@ def test_an_unknown_case_is_an_error_that_names_the_known_ones():
     assert "peers" in done.stderr
 
 
+@pytest.mark.slow
 def test_planning_is_timed_with_every_window_and_number_of_threads(tmp_path):
     out = tmp_path / "records.json"
     sizes = ("--rows", "200000", "--batch-size", "64", "--share", "3", "--window", "2", "auto", "--threads", "1", "2")

@@ -39,7 +39,7 @@ def check_twins(configuration: Configuration) -> None:
             np.testing.assert_array_equal(cached.rows[name][0], untouched)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(configuration=configurations())
 def test_a_small_cache_gives_the_bits_of_full_residency(configuration):
     check_twins(configuration)

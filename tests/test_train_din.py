@@ -29,6 +29,7 @@ def cached(path, promotions_as_a_user_has_them):
     return train_din.main([*SMALL, "--slots", "20%", "--summary", str(path)])
 
 
+@pytest.mark.slow
 def test_a_small_run_learns_and_writes_its_summary(cached, path):
     assert json.loads(path.read_text()) == cached
     assert cached["steps"] == 150 and 0 < cached["hit_rate"] < 1
@@ -36,6 +37,7 @@ def test_a_small_run_learns_and_writes_its_summary(cached, path):
     assert 0.67 < cached["auc"] < cached["ceiling"]
 
 
+@pytest.mark.slow
 def test_everything_resident_gives_the_same_to_the_last_digit(cached, capsys):
     resident = train_din.main([*SMALL, "--slots", "100%"])
     assert (cached["loss"], cached["auc"]) == (resident["loss"], resident["auc"])
