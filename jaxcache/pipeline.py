@@ -402,9 +402,10 @@ class LookAhead:
         self._device = next(iter((jnp.zeros(()) if cache is None else cache.step).devices()))
         self._slots = self._split_slots() if cache is None else cache.slots
         self._shapes, self._evaluation_shapes = Shapes(self._slots), Shapes([0] * len(self._slots))
+        # A group that got all its rows in a split fetches those that are used, which may be few of them.
+        given = self._capacity.slots is not None and not self._policy.passes
         self._resident = [
-            slots == rows.group.rows and not self._policy.passes
-            for slots, rows in zip(self._slots, self._store.groups, strict=True)
+            given and slots == rows.group.rows for slots, rows in zip(self._slots, self._store.groups, strict=True)
         ]
         if cache is None:
             cache = init(self._store, self._slots)
