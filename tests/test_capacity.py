@@ -130,6 +130,18 @@ def test_a_split_is_proportional_between_what_is_needed_and_what_there_is(data):
     assert max(low for low, _ in shares) <= min(high for _, high in shares) * (1 + 1e-9)
 
 
+def train(store, batches, **arguments):
+    """Trains, flushes and checks every invariant; returns the cache and the report of each group."""
+    with jc.LookAhead(store, batches, ids=lambda b: b, **arguments) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            cache = jc.update(cache, plan, jc.lookup(cache, plan))
+        cache = ahead.flush(cache)
+    jc.check(cache, store)
+    return cache, ahead.report().groups
+
+
 def test_a_share_that_is_too_small_for_a_group_is_refused_before_anything_changes():
     tables = {"user": jc.Table(1000, 4), "city": jc.Table(1000, 2)}
     store = jc.HostStore(tables, optimizer=optax.sgd(0.1))
@@ -146,34 +158,21 @@ def test_a_share_that_is_too_small_for_a_group_is_refused_before_anything_change
     ):
         ahead.start()
     assert store.rows_written == 0 and not store.behind
-    with jc.LookAhead(store, batches, ids=lambda b: b, slots=6) as ahead:
-        cache = ahead.start()
-        for _, plan in ahead:
-            cache = ahead.exchange(cache, plan)
-            cache = jc.update(cache, plan, jc.lookup(cache, plan))
-        cache = ahead.flush(cache)
-    jc.check(cache, store)
-    assert cache.slots == (4, 2) and {n: g.slots for n, g in ahead.report().groups.items()} == {"user": 4, "city": 2}
+    cache, groups = train(store, batches, slots=6)
+    assert cache.slots == (4, 2) and {name: group.slots for name, group in groups.items()} == {"user": 4, "city": 2}
 
 
 def test_a_group_with_slots_for_all_its_rows_fetches_those_that_are_used():
     tables = {"user": jc.Table(1000, 4), "city": jc.Table(12, 2)}
     batches = [{"user": np.arange(8) + 2 * i, "city": np.arange(8) // 2} for i in range(9)]
 
-    def train(**arguments):
-        store = jc.HostStore(tables, optimizer=optax.sgd(0.1))
-        with jc.LookAhead(store, batches, ids=lambda b: b, **arguments) as ahead:
-            cache = ahead.start()
-            for _, plan in ahead:
-                cache = ahead.exchange(cache, plan)
-                cache = jc.update(cache, plan, jc.lookup(cache, plan))
-            cache = ahead.flush(cache)
-        jc.check(cache, store)
-        report = ahead.report().groups["city"]
-        return report.slots, report.rows_fetched, int((cache.groups[1].slot_table[:, 0] >= 0).sum())
+    def city(**arguments):
+        cache, groups = train(jc.HostStore(tables, optimizer=optax.sgd(0.1)), batches, **arguments)
+        resident = int((cache.groups[1].slot_table[:, 0] >= 0).sum())
+        return groups["city"].slots, groups["city"].rows_fetched, resident
 
-    assert train(slots=90) == (12, 4, 4)
-    assert train(slots={"user": 78, "city": 12}) == (12, 0, 12)  # asked for: all of them are there from the start
+    assert city(slots=90) == (12, 4, 4)
+    assert city(slots={"user": 78, "city": 12}) == (12, 0, 12)  # asked for: all of them are there from the start
 
 
 def test_a_loader_that_fails_in_the_first_batches_fails_the_start():
