@@ -154,7 +154,7 @@ TABLES = {
     "frozen": jc.Table(2**40, 8, dtype=jnp.float16, frozen=True),
 }
 widened = pytest.mark.xfail(
-    jax.__version_info__ < (0, 11), strict=False, reason="XLA widens the whole buffer to float32 to scatter bfloat16"
+    jax.__version_info__ < (0, 11), reason="XLA widens the whole buffer to float32 to scatter bfloat16"
 )
 tables = pytest.mark.parametrize("table", [*list(TABLES)[:2], pytest.param("bfloat16", marks=widened), "frozen"])
 
