@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcache.features import FeatureIds, FeatureLayout, Features
 from jaxcache.index import mix
+from jaxcache.lookups import by_row
 from jaxcache.state import GroupPlan, Plan
 from jaxcache.tables import Group
 
@@ -258,18 +259,16 @@ class Shapes:
             if lookups.places is not None:
                 some, inverse = inverse, np.full(lookups.size, bound, np.int32)
                 inverse[lookups.places] = some
-            groups.append(
-                GroupPlan(
-                    unique_slots=padded(unique_slots, bound, self._slots[group]),
-                    inverse=self._pad_lookups(batch, group, inverse, bound),
-                    occurrences=padded(occurrences, bound, 0),
-                )
-            )
+            inverse = self._pad_lookups(batch, group, inverse, bound)
+            order, starts = by_row(inverse, occurrences, bound)
+            groups.append(GroupPlan(padded(unique_slots, bound, self._slots[group]), inverse, order, starts))
         shapes = {part.name: (part.shape, full.shape) for part, full in zip(batch.features, self._full, strict=True)}
+        bags = {name: _pad(array, *shapes[name], self._samples) for name, array in batch.bags.items()}
         return Plan(
             groups=tuple(groups),
             weights={name: _pad(array, *shapes[name], 0.0) for name, array in batch.weights.items()},
-            bags={name: _pad(array, *shapes[name], self._samples) for name, array in batch.bags.items()},
+            bags=bags,
+            offsets={name: _offsets(array, self._samples) for name, array in bags.items()},
             step=np.array(step, np.int32),
             samples=np.array(batch.samples, np.int32),
             features=self._full,
@@ -339,6 +338,11 @@ def _pad(flat: np.ndarray, shape: tuple[int, ...], full: tuple[int, ...], filler
     out = np.full(full, filler, flat.dtype)
     out[tuple(map(slice, shape))] = flat.reshape(shape)
     return out.reshape(-1)
+
+
+def _offsets(bags: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` bags begins, and where the last ends, `int32[count + 1]`, from the bag of each id."""
+    return np.searchsorted(bags, np.arange(count + 1, dtype=bags.dtype)).astype(np.int32)
 
 
 def _length(leaf: Any) -> int | None:

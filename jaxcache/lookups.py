@@ -46,6 +46,32 @@ def chunks(starts, tables):
 
 
 @numba.njit(cache=True, nogil=True)
+def by_row(inverse, occurrences, unique):
+    """The lookups of each unique row one behind the other.
+
+    Args:
+        inverse: `int32[L]`, the position of each lookup's row among the unique ones; `unique` or more for no row.
+        occurrences: `int32[U]`, lookups of each, U at most `unique`.
+        unique: how many unique rows there can be.
+
+    Returns:
+        `order`, `int32[L]`, the lookups by row and in order within each, and those of no row last; and `starts`,
+        `int32[unique + 1]`, where the lookups of each row begin in `order`, and where the last ones end.
+    """
+    starts = np.empty(unique + 1, np.int32)
+    starts[0] = 0
+    for u in range(unique):
+        starts[u + 1] = starts[u] + (occurrences[u] if u < occurrences.shape[0] else 0)
+    place = starts.copy()  # the last entry is of those of no row
+    order = np.empty(inverse.shape[0], np.int32)
+    for lookup in range(inverse.shape[0]):
+        row = min(inverse[lookup], unique)
+        order[place[row]] = lookup
+        place[row] += 1
+    return order, starts
+
+
+@numba.njit(cache=True, nogil=True)
 def deduplicate(ids, chunks, bases, small, cells, scratch, inverse, keys, occurrences, uniques, entries):
     """Deduplicates each chunk for itself and looks its unique keys up in the index `cells`.
 

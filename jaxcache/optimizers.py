@@ -8,6 +8,7 @@ whose moments do not rest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxcache.kernels import FUSED, Rule
 from jaxcache.rounding import round_stochastically
 from jaxcache.tables import Table
 
@@ -218,6 +220,15 @@ class RowOptimizer:
         # Optax computes with Python numbers and integer counts: it needs JAX's default promotions.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             self._take_apart(row)
+            self._fused = _known_rule(self)
+            # A rule is known by its constants too, of which some are no coefficients.
+            known = None if self._fused is None else self._fused[0]
+            self._identity += (str(self._treedef), self._is_row, _canonical(self._recorded), known)
+            self._initial_rows = jax.jit(
+                jax.vmap(lambda weights: self._split(jax.tree.leaves(transformation.init(weights)))[0])
+            )
+            self._initial = self._constant_state()
+            self._refuse_mixing()
         if master_copy:
             self.row_shapes = (row, *self.row_shapes)
 
@@ -265,12 +276,6 @@ class RowOptimizer:
                 *(_value(v) for v in self._recorded.jaxpr.outvars if _is_constant(v)),
             ]
         )
-        self._identity += (str(self._treedef), self._is_row, _canonical(self._recorded))
-        self._initial_rows = jax.jit(
-            jax.vmap(lambda weights: self._split(jax.tree.leaves(transformation.init(weights)))[0])
-        )
-        self._initial = self._constant_state()
-        self._refuse_mixing()
 
     def __eq__(self, other):
         return isinstance(other, RowOptimizer) and self._identity == other._identity
@@ -365,6 +370,39 @@ class RowOptimizer:
             return updated.astype(self.dtype), row_state, scalars
         return round_stochastically(updated, words, self.dtype), row_state, scalars
 
+    def advance(self, scalars: Scalars, hyperparameters: Scalars) -> Scalars:
+        """The scalars after an update, which do not depend on rows."""
+        none = jnp.zeros((0, self.dim), jnp.float32)
+        row_shapes = self.row_shapes[self.master_copy :]
+        row_state = tuple(jnp.zeros((0, *leaf.shape), leaf.dtype) for leaf in row_shapes)
+        return self._update_float32(none, none, row_state, scalars, hyperparameters)[2]
+
+    def rule(self, scalars: Scalars, hyperparameters: Scalars, words: jax.Array | None = None) -> Rule:
+        """`update` as the kernels take it; those that know the optimizer have it built in.
+
+        Args: as for `update`.
+
+        >>> optimizer = RowOptimizer(optax.sgd(0.5), 8)
+        >>> rule = optimizer.rule(optimizer.scalars, optimizer.hyperparameters)
+        >>> rule.name, [float(value) for value in rule.coefficients]
+        ('sgd', [-0.5])
+        """
+
+        def apply(summed, weights, row_state):
+            return self.update(summed, weights, row_state, scalars, hyperparameters, words)[:2]
+
+        if self._fused is None:
+            return Rule(apply, master_copy=self.master_copy, words=words)
+        name, places = self._fused
+        values = {coefficient: hyperparameters[place] for coefficient, place in places.items()}
+        if name == "adam":
+            # As optax has it; once for all rows.
+            updates = optax.safe_increment(scalars[0]).astype(jnp.float32)
+            values["correction1"] = 1 - values["b1"] ** updates
+            values["correction2"] = 1 - values["b2"] ** updates
+        coefficients = tuple(jnp.asarray(values[coefficient], jnp.float32) for coefficient in FUSED[name])
+        return Rule(apply, name, coefficients, self.master_copy, words)
+
     def _update_float32(self, gradients, weights, row_state, scalars, hyperparameters):
         def one(gradient, weights, row_state):
             return self._replay(hyperparameters, gradient, weights, row_state, scalars)
@@ -431,6 +469,49 @@ _MIXES = (
     "norm, lamb, adafactor or apply_if_finite. The rows of a cached table are updated a batch at a time, so only "
     "transformations that treat each row by itself can work: optax.clip instead of clip_by_global_norm, for one"
 )
+
+
+def _known_rule(optimizer: RowOptimizer) -> tuple[str, dict[str, int]] | None:
+    """Which rule of `kernels.FUSED` an optimizer is, and where its coefficients are among the hyperparameters.
+
+    It is one if it was recorded as the same function, and its constants are those of the rule but for coefficients.
+    """
+    canonical = _canonical(optimizer._recorded)
+    for name, values, recorded, constants in _known_rules(optimizer.dim):
+        if recorded != canonical:
+            continue
+        found: dict[str, int] = {}
+        for place, (constant, value) in enumerate(zip(constants, optimizer.hyperparameters, strict=True)):
+            coefficient = next((c for c, v in values.items() if np.float32(v) == constant), None)
+            if coefficient is None:
+                if constant != value:
+                    return None
+            elif optimizer.hyperparameters[found.setdefault(coefficient, place)] != value:
+                return None
+        return name, found
+    return None
+
+
+@functools.cache
+def _known_rules(dim: int) -> list[tuple[str, dict[str, float], str, tuple[np.ndarray, ...]]]:
+    """The rules of `kernels.FUSED`: values of their coefficients, all different, and what is recorded with these."""
+    rate, decay, b1, b2, eps, root = 0.37, 0.83, 0.71, 0.59, 0.013, 0.0017
+    common = {"rate": -rate, "eps": eps}
+    adam = {"b1": b1, "one_minus_b1": 1 - b1, "b2": b2, "one_minus_b2": 1 - b2, "eps_root": root}
+    rules = [
+        ("sgd", {"rate": -rate}, optax.sgd(rate)),
+        ("momentum", {"rate": -rate, "decay": decay}, optax.sgd(rate, decay)),
+        ("adagrad", common, optax.adagrad(rate, eps=eps)),
+        ("rowwise_adagrad", common, rowwise_adagrad(rate, eps)),
+        ("adam", common | adam, optax.adam(rate, b1, b2, eps, root)),
+    ]
+    known = []
+    for name, values, transformation in rules:
+        recorder = object.__new__(RowOptimizer)  # taken apart and nothing else
+        recorder.dim, recorder._transformation = dim, transformation
+        recorder._take_apart(jax.ShapeDtypeStruct((dim,), jnp.float32))
+        known.append((name, values, _canonical(recorder._recorded), recorder.hyperparameters))
+    return known
 
 
 def _accumulates_steps(state: Any) -> bool:

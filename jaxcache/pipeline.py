@@ -211,11 +211,15 @@ class LookAhead:
             bytes a unique row of each batch are held.
         threads: threads that deduplicate and probe a large batch; by default half of the CPUs, at most 16.
         copy: copies the NumPy arrays of each batch as it is drawn, for loaders that reuse theirs.
+        backends: what gathers, updates and exchanges rows on the device, such as "xla" or "gather=mosaic"; see
+            `jaxcache.kernels.choose`. By default the environment decides, and what is fastest on the device. Every
+            one is right; in the last bits they may differ.
 
     Raises:
         ValueError: if `slots` or a bound is out of range, if `window` or `future` is given and the policy has a window
             of its own, or if the counts of the policy do not fit the tables.
         KeyError: for a feature of an unknown table.
+        NotImplementedError: for a backend that does not run here.
 
     >>> import optax
     >>> from jaxcache import HostStore, Table, lookup, update
@@ -248,6 +252,7 @@ class LookAhead:
         *,
         device_bytes: int | str | None = None,
         features: Mapping[str, Feature] | None = None,
+        backends: str | Mapping[str, str] | kernels.Choice | None = None,
     ):
         policy = lookahead() if policy is None else policy
         if not isinstance(policy, Policy):
@@ -280,7 +285,8 @@ class LookAhead:
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
         groups = [rows.group for rows in store.groups]
         self._features = Features(groups, features)
-        empty = jax.eval_shape(lambda: init(store, [0] * len(groups)))
+        self._backends = backends
+        empty = jax.eval_shape(lambda: init(store, [0] * len(groups), backends=backends))
         fixed_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
         row_bytes = [rows.row_bytes for rows in store.groups]
         self._capacity = Capacity.parse(groups, row_bytes, fixed_bytes, slots, device_bytes)
@@ -408,7 +414,10 @@ class LookAhead:
             given and slots == rows.group.rows for slots, rows in zip(self._slots, self._store.groups, strict=True)
         ]
         if cache is None:
-            cache = init(self._store, self._slots)
+            cache = init(self._store, self._slots, backends=self._backends)
+        elif self._backends is not None:
+            cache = dataclasses.replace(cache, backends=kernels.choose(self._backends, self._device))
+        self._choice = cache.backends
         self._first_step = self._store.exchanged = int(cache.step)
         for report, state in zip(self._report.groups.values(), cache.groups, strict=True):
             report.slots, report.device_bytes = state.slots, state.nbytes
@@ -603,8 +612,14 @@ class LookAhead:
             contents, outgoing = program(group.contents, counters, part, exchange.step)
             groups.append(group.holding(contents))
             rows.append(outgoing)
+        host = _host_memory(self._device)
+        if host is not None:
+            # Copied while the device goes on, into memory that NumPy reads as it is.
+            for number, moved in enumerate(planned):
+                if len(moved.victims) and not cache.groups[number].group.frozen:
+                    rows[number] = jax.device_put(rows[number], host)
         counters, record = _compile_count(self._device)(counters, exchange.step)
-        state = CacheState(tuple(groups), counters.step, counters.exchanged, counters.fault)
+        state = dataclasses.replace(cache, groups=tuple(groups), **counters._asdict())
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
@@ -780,6 +795,7 @@ class LookAhead:
                 step=np.array(number, np.int32),
                 exchanged=np.array(number + 1, np.int32),
                 fault=np.array(CacheState.NO_FAULT, np.int32),
+                backends=cache.backends,
             )
             view, plan = jax.tree.map(jnp.asarray, (view, plan))
             outputs.append(eval_step(view, plan, shapes.pad(batch)))
@@ -1018,7 +1034,7 @@ class LookAhead:
         )
         contents = self._abstract_groups[number].contents
         leaves, treedef = jax.tree.flatten((contents, self._abstract_counters, abstract))
-        return _compile_exchange(treedef, tuple(leaves), self._device)
+        return _compile_exchange(treedef, tuple(leaves), self._device, self._choice)
 
     def _exchange(self, ahead: _Ahead, bounds: Sequence[int]) -> _Exchange:
         """What the exchange of a batch needs, in NumPy: in each group padded to the smallest size that holds it."""
@@ -1099,6 +1115,13 @@ def _sent(exchange: _Exchange) -> _Exchange:
     return dataclasses.replace(exchange, groups=groups, step=step)
 
 
+def _host_memory(device: jax.Device) -> jax.sharding.Sharding | None:
+    """Where victims land: page-locked memory of the host, if the device is not the host itself and has such."""
+    if device.platform == "cpu" or "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        return None
+    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
 def _group_view(store: RowStore, keys: np.ndarray, bound: int) -> GroupCache:
     """The rows at `keys` as a group of a cache of `bound` slots that holds nothing else, and weights alone."""
     return GroupCache(
@@ -1115,11 +1138,14 @@ def _group_view(store: RowStore, keys: np.ndarray, bound: int) -> GroupCache:
 
 
 @functools.lru_cache(maxsize=256)
-def _compile_exchange(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], device: jax.Device) -> Any:
+def _compile_exchange(
+    treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], device: jax.Device, choice: kernels.Choice
+) -> Any:
     """The exchange of a group compiled for a size class; kept, so that an equal group or pipeline compiles nothing."""
     contents, counters, exchange = jax.tree.unflatten(treedef, leaves)
+    program = jax.jit(exchange_group, donate_argnums=0, static_argnames="choice")
     with jax.default_device(device):
-        return jax.jit(exchange_group, donate_argnums=0).lower(contents, counters, exchange, counters.step).compile()
+        return program.lower(contents, counters, exchange, counters.step, choice=choice).compile()
 
 
 @functools.lru_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,9 @@ class GroupCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["groups", "step", "exchanged", "fault"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["groups", "step", "exchanged", "fault"], meta_fields=["backends"]
+)
 @dataclass(frozen=True)
 class CacheState:
     """The cache: a pytree of fixed shapes that describes itself. It is threaded through the steps and donated to them.
@@ -102,6 +105,7 @@ class CacheState:
         step: `int32[]`, updates done.
         exchanged: `int32[]`, exchanges done; one ahead of `step` between a step's exchange and its update.
         fault: `int32[]`, 0, or the reason why cache and plan did not fit; from then on nothing changes the rows.
+        backends: what gathers, updates and exchanges its rows, static.
     """
 
     NO_FAULT: ClassVar[int] = 0
@@ -112,6 +116,7 @@ class CacheState:
     step: Array
     exchanged: Array
     fault: Array
+    backends: kernels.Choice = kernels.XLA
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -124,14 +129,14 @@ class CacheState:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["unique_slots", "inverse", "occurrences"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["unique_slots", "inverse", "order", "starts"], meta_fields=[])
 @dataclass(frozen=True)
 class GroupPlan:
     """Where a batch finds its rows of one group. L is its number of lookups in all features of the group's tables; U a
     bound on its unique rows.
 
     For lookups of rows a, b, a (L = 3) with a in slot 7, b in slot 4 and U = 4 in a cache of 9 slots:
-    `unique_slots = [7, 4, 9, 9]`, `inverse = [0, 1, 0]`, `occurrences = [2, 1, 0, 0]`.
+    `unique_slots = [7, 4, 9, 9]`, `inverse = [0, 1, 0]`, `order = [0, 2, 1]`, `starts = [0, 2, 3, 3, 3]`.
 
     Attributes:
         unique_slots: `int32[U]`, the slot of each unique row in order of first occurrence; then padding, equal to the
@@ -139,17 +144,20 @@ class GroupPlan:
         inverse: `int32[L]`, for each lookup the position of its row in `unique_slots`; U for one that stands for
             nothing, such as the padding of a short batch. Features follow each other in the order of the plan's, each
             in C order.
-        occurrences: `int32[U]`, lookups of each unique row.
+        order: `int32[L]`, the lookups of each unique row one behind the other, in order; those that stand for nothing
+            come last.
+        starts: `int32[U + 1]`, where the lookups of each unique row begin in `order`, and where the last ones end.
     """
 
     unique_slots: Array
     inverse: Array
-    occurrences: Array
+    order: Array
+    starts: Array
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["groups", "weights", "bags", "step", "samples"],
+    data_fields=["groups", "weights", "bags", "offsets", "step", "samples"],
     meta_fields=["features"],
 )
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ class Plan:
         groups: of each group of the cache.
         weights: for features whose ids have weights, `float32[L]` by name, L being the feature's ids.
         bags: for features with ragged bags, the bag of each id, `int32[L]` by name; padding is the number of bags.
+        offsets: for the same, where each bag begins among the feature's ids, `int32[B + 1]` by name.
         step: `int32[]`, the number of the batch: the updates that come before it.
         samples: `int32[]`, samples in the batch, without padding.
         features: the layout of each feature's ids, static; the first axis is of samples.
@@ -168,6 +177,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     weights: Mapping[str, Array]
     bags: Mapping[str, Array]
+    offsets: Mapping[str, Array]
     step: Array
     samples: Array
     features: tuple[FeatureLayout, ...]
@@ -178,19 +188,27 @@ class Plan:
         return jnp.arange(self.features[0].samples, dtype=jnp.int32) < self.samples
 
 
-def init(store: HostStore, slots: int | Sequence[int]) -> CacheState:
+def init(
+    store: HostStore,
+    slots: int | Sequence[int],
+    *,
+    backends: str | Mapping[str, str] | kernels.Choice | None = None,
+) -> CacheState:
     """An empty cache for the tables of `store`.
 
     Args:
         store: gives tables, optimizers, their scalars and the step to go on from.
         slots: rows that the cache can hold, below 2**31: one number for each group of the store, or a single number
             for a store of one group.
+        backends: what gathers, updates and exchanges rows, see `jaxcache.kernels.choose`; None leaves it to the
+            environment, and to what is fastest on the default device.
 
     Returns:
         A state whose slots are all free.
 
     Raises:
-        ValueError: if the numbers are not as many as the groups.
+        ValueError: if the numbers are not as many as the groups, or for a backend that does not exist.
+        NotImplementedError: for a backend that does not run here.
     """
     numbers = (slots,) if isinstance(slots, int | np.integer) else tuple(slots)
     if len(numbers) != len(store.groups):
@@ -203,6 +221,7 @@ def init(store: HostStore, slots: int | Sequence[int]) -> CacheState:
         step=jnp.array(store.step, jnp.int32),
         exchanged=jnp.array(store.step, jnp.int32),
         fault=jnp.array(CacheState.NO_FAULT, jnp.int32),
+        backends=kernels.choose(backends),
     )
 
 
@@ -247,20 +266,30 @@ def lookup(cache: CacheState, plan: Plan) -> dict[str, jax.Array]:
     For a feature with ids `[[5, 6]]` and combiner "mean" it is `[[(a + c) / 2, (b + d) / 2]]`.
     """
     ready = _ready(cache, plan)
-    flat = []
-    for state, part in zip(cache.groups, plan.groups, strict=True):
-        rows = kernels.gather(state.buffer.weights, part.unique_slots, part.inverse).astype(jnp.float32)
-        # What is made of the rows must not depend on how XLA would fuse it with a cache of this or that size.
-        flat.append(jax.lax.optimization_barrier(jnp.where(ready, rows, jnp.nan)))
     results = {}
-    for feature, place in _places(plan):
-        rows = flat[feature.group][place]
-        if feature.combiner is not None:
-            rows = _pool(rows, feature, plan, place)
-        if feature.bags is not None:
-            rows = jnp.where(ready, rows, jnp.nan)  # an empty bag has no rows that say so
-        results[feature.name] = rows.reshape(feature.result(rows.shape[-1]))
-    return results
+    for number, (state, part) in enumerate(zip(cache.groups, plan.groups, strict=True)):
+        features = [(feature, place) for feature, place in _places(plan) if feature.group == number]
+        single = [(feature, place) for feature, place in features if not _is_pooled(feature)]
+        pooled = [(feature, place) for feature, place in features if _is_pooled(feature)]
+        table, slots, dim = state.buffer.weights, part.unique_slots, state.group.dim
+        if single:
+            inverse = _concatenate([part.inverse[place] for _, place in single])
+            rows = kernels.gather(table, slots, inverse, ready, choice=cache.backends)
+            for (feature, _), of_ids in zip(single, _split(rows, [f.lookups for f, _ in single]), strict=True):
+                results[feature.name] = of_ids
+        if pooled:
+            inverse = _concatenate([part.inverse[place] for _, place in pooled])
+            bags = [_bags(feature, plan) for feature, _ in pooled]
+            weights = _lookup_weights(pooled, plan)
+            sums = kernels.pool(table, slots, inverse, bags, weights, ready, choice=cache.backends)
+            for (feature, _), of_bags in zip(pooled, _split(sums, [b.count for b in bags]), strict=True):
+                results[feature.name] = of_bags
+        for feature, place in features:
+            rows = results[feature.name]
+            if feature.combiner == "mean":
+                rows = rows / _totals(feature, plan, place)
+            results[feature.name] = rows.reshape(feature.result(dim))
+    return {feature.name: results[feature.name] for feature in plan.features}
 
 
 def _places(plan: Plan) -> Iterator[tuple[FeatureLayout, slice]]:
@@ -272,6 +301,28 @@ def _places(plan: Plan) -> Iterator[tuple[FeatureLayout, slice]]:
         yield feature, slice(start, stops[feature.group])
 
 
+def _is_pooled(feature: FeatureLayout) -> bool:
+    """Whether rows of a feature are added up or multiplied, rather than handed out as they are."""
+    return feature.combiner is not None and (feature.bags is not None or len(feature.shape) > 1 or feature.weighted)
+
+
+def _bags(feature: FeatureLayout, plan: Plan) -> kernels.Bags:
+    """The bags of a pooled feature; an id that has its bag to itself is one too."""
+    if feature.bags is not None:
+        owners, offsets = plan.bags[feature.name], plan.offsets[feature.name]
+        return kernels.Bags(feature.bags, feature.lookups, owners, offsets)
+    return kernels.Bags(math.prod(feature.result(1)), feature.lookups)
+
+
+def _concatenate(parts: Sequence[Any]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _split(rows: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Slices of `rows` of the given sizes, one behind the other."""
+    return jnp.split(rows, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [rows]
+
+
 def _weights(feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
     """What each id of a feature counts, `float32[L]`: 0 for those that stand for nothing."""
     part = plan.groups[feature.group]
@@ -279,41 +330,47 @@ def _weights(feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
     return jnp.where(present, plan.weights.get(feature.name, jnp.float32(1)), jnp.float32(0))
 
 
-def _sum_bags(rows: jax.Array, feature: FeatureLayout, plan: Plan) -> jax.Array:
-    """The sum of each bag, `[..., N]`, of what its ids have, `[L, N]`."""
-    if feature.bags is not None:
-        return kernels.sum_occurrences(rows, plan.bags[feature.name], feature.bags)
-    if len(feature.shape) == 1:
-        return rows
-    return jnp.sum(rows.reshape(*feature.shape, rows.shape[-1]), axis=-2)
+def _lookup_weights(features: Sequence[tuple[FeatureLayout, slice]], plan: Plan) -> jax.Array | None:
+    """The weights of the ids of several features, one behind the other; None if none of them has any."""
+    if not any(feature.weighted for feature, _ in features):
+        return None
+    return _concatenate([_weights(feature, plan, place) for feature, place in features])
 
 
 def _totals(feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
-    """What the sum of each bag is divided by for its mean, `[..., 1]`: its weights; infinity where they add up to 0."""
-    total = _sum_bags(_weights(feature, plan, place)[:, None], feature, plan)
-    return jnp.where(total == 0, jnp.inf, total)
+    """What the sum of each bag is divided by for its mean, `[bags, 1]`: its weights; infinity where they sum to 0."""
+    bags, weights = _bags(feature, plan), _weights(feature, plan, place)
+    if bags.owners is None:
+        total = jnp.sum(weights.reshape(bags.count, bags.size), axis=1)
+    else:
+        total = jnp.zeros(bags.count, jnp.float32).at[bags.owners].add(weights, mode="drop")
+    return jnp.where(total == 0, jnp.inf, total)[:, None]
 
 
-def _pool(rows: jax.Array, feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
-    """The bags of a feature, `float32[..., dim]`, of the rows of its ids, `float32[L, dim]`."""
-    if feature.weighted:
-        rows = rows * _weights(feature, plan, place)[:, None]
-    pooled = _sum_bags(rows, feature, plan)
-    return pooled / _totals(feature, plan, place) if feature.combiner == "mean" else pooled
-
-
-def _spread(gradient: jax.Array, feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
-    """The gradient of the row of each id, `float32[L, dim]`, from that of what `lookup` returned."""
-    dim = gradient.shape[-1]
-    if feature.combiner is None:
-        return gradient.reshape(-1, dim)
-    if feature.combiner == "mean":
-        gradient = gradient / _totals(feature, plan, place)
-    if feature.bags is not None:
-        gradient = gradient.at[plan.bags[feature.name]].get(mode="fill", fill_value=0)
-    elif len(feature.shape) > 1:
-        gradient = jnp.broadcast_to(gradient[..., None, :], (*feature.shape, dim)).reshape(-1, dim)
-    return gradient * _weights(feature, plan, place)[:, None] if feature.weighted else gradient
+def _gradients(plan: Plan, group: int, dim: int, row_gradients: Mapping[str, jax.Array]) -> kernels.Gradients:
+    """The gradients of the ids of a group, from those of what `lookup` returned."""
+    features = [(feature, place) for feature, place in _places(plan) if feature.group == group]
+    part, rows, sources, base = plan.groups[group], [jnp.zeros((0, dim), jnp.float32)], [], 0
+    for feature, place in features:
+        gradient = row_gradients[feature.name].astype(jnp.float32).reshape(-1, dim)
+        if feature.combiner == "mean":
+            gradient = gradient / _totals(feature, plan, place)
+        owners = jnp.arange(feature.lookups, dtype=jnp.int32)
+        if _is_pooled(feature):
+            bags = _bags(feature, plan)
+            owners = owners // max(bags.size, 1) if bags.owners is None else bags.owners
+        rows.append(gradient)
+        sources.append(owners + base)
+        base += gradient.shape[0]
+    pooled = any(_is_pooled(feature) for feature, _ in features)
+    return kernels.Gradients(
+        rows=_concatenate(rows[1:] or rows),
+        sources=_concatenate(sources) if pooled else None,
+        weights=_lookup_weights(features, plan),
+        inverse=part.inverse,
+        order=part.order,
+        starts=part.starts,
+    )
 
 
 def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]) -> CacheState:
@@ -326,9 +383,10 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
             features of frozen tables are not used and may be left out.
 
     Returns:
-        The state after this step. Duplicate ids are summed in order of lookup, so that the result does not depend on
-        the cache. The optimizers' scalars, such as step counts, advance in every group, looked up or not. If cache and
-        plan do not belong together nothing changes but `fault`, which the pipeline reports.
+        The state after this step. Duplicate ids are summed by a tree that depends on their number alone (see
+        `jaxcache.kernels.xla`), so that the result does not depend on the cache. The optimizers' scalars, such as step
+        counts, advance in every group, looked up or not. If cache and plan do not belong together nothing changes but
+        `fault`, which the pipeline reports.
 
     Raises:
         ValueError: while tracing, for features or shapes other than those of the plan, or for the cache of an
@@ -347,16 +405,10 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
     if any(len(state.hyperparameters) != len(state.optimizer.hyperparameters) for state in cache.groups):
         raise ValueError("update got the cache of an evaluation, which holds weights alone: train with the other one")
     accept = _ready(cache, plan)
-    spread: list[list[jax.Array]] = [[] for _ in cache.groups]
-    for feature, place in _places(plan):
-        if feature.name not in frozen:
-            gradient = row_gradients[feature.name].astype(jnp.float32)
-            spread[feature.group].append(_spread(gradient, feature, plan, place))
     return dataclasses.replace(
         cache,
         groups=tuple(
-            _update_group(state, part, gradients, cache.step, accept)
-            for state, part, gradients in zip(cache.groups, plan.groups, spread, strict=True)
+            _update_group(cache, plan, number, row_gradients, accept) for number, _ in enumerate(cache.groups)
         ),
         step=cache.step + accept.astype(jnp.int32),
         fault=_fault(cache, accept, CacheState.UPDATE_MISMATCH),
@@ -364,41 +416,33 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
 
 
 def _update_group(
-    state: GroupCache, plan: GroupPlan, gradients: list[jax.Array], step: jax.Array, accept: jax.Array
+    cache: CacheState, plan: Plan, number: int, row_gradients: Mapping[str, jax.Array], accept: jax.Array
 ) -> GroupCache:
-    """Updates the rows of one group. `gradients` are those of the lookups, `float32[..., dim]` of each feature."""
-
-    def counted(counts):
-        most = jnp.iinfo(counts.dtype).max  # a hot row of a long run stays there
-        return jnp.where(counts > most - plan.occurrences, most, counts + plan.occurrences)
-
+    """Updates the rows of one group."""
+    state, part = cache.groups[number], plan.groups[number]
     if state.group.frozen:
-        return dataclasses.replace(state, counts=kernels.update(state.counts, plan.unique_slots, counted, accept))
-    flat = jnp.concatenate([jnp.zeros((0, state.group.dim), jnp.float32), *gradients])
-    unique = plan.unique_slots.shape[0]
-    summed = jax.lax.optimization_barrier(kernels.sum_occurrences(flat, plan.inverse, unique))
-    scalars, words = state.scalars, None
+        lookups = part.starts[1:] - part.starts[:-1]
+        counts = kernels.rewrite(state.counts, part.unique_slots, lambda old: kernels.add_counts(old, lookups), accept)
+        return dataclasses.replace(state, counts=counts)
+    words = None
     if state.optimizer.draws:
-        entries = kernels.read(state.slot_table, plan.unique_slots)
+        entries = kernels.read(state.slot_table, part.unique_slots)
         ids = jax.lax.bitcast_convert_type(entries[:, 1:], jnp.uint32)
-        words = random_words(state.streams[entries[:, 0]], ids, step, state.group.dim)
-
-    def updated(old):
-        nonlocal scalars
-        rows, counts, dirty = old
-        weights, row_state, scalars = state.optimizer.update(
-            summed, rows.weights, rows.state, state.scalars, state.hyperparameters, words
-        )
-        return Rows(weights, row_state), counted(counts), jnp.ones_like(dirty)
-
-    buffer, counts, dirty = kernels.update(
-        (state.buffer, state.counts, state.dirty), plan.unique_slots, updated, accept
+        words = random_words(state.streams[entries[:, 0]], ids, cache.step, state.group.dim)
+    kept = kernels.update(
+        kernels.Slots(state.buffer.weights, state.buffer.state, state.counts, state.dirty),
+        part.unique_slots,
+        _gradients(plan, number, state.group.dim, row_gradients),
+        state.optimizer.rule(state.scalars, state.hyperparameters, words),
+        accept,
+        choice=cache.backends,
     )
+    scalars = state.optimizer.advance(state.scalars, state.hyperparameters)
     return dataclasses.replace(
         state,
-        buffer=buffer,
-        counts=counts,
-        dirty=dirty,
+        buffer=Rows(kept.weights, kept.state),
+        counts=kept.counts,
+        dirty=kept.dirty,
         scalars=jax.tree.map(lambda new, old: jnp.where(accept, new, old), scalars, state.scalars),
     )
 
@@ -436,7 +480,7 @@ class Counters(NamedTuple):
 
 
 def exchange_group(
-    contents: Contents, counters: Counters, exchange: GroupExchange, step: Array
+    contents: Contents, counters: Counters, exchange: GroupExchange, step: Array, choice: kernels.Choice = kernels.XLA
 ) -> tuple[Contents, Rows]:
     """Takes the victims of a batch out of their slots in one group and puts its missed rows in. Pure.
 
@@ -447,6 +491,7 @@ def exchange_group(
         counters: of the cache.
         exchange: the rows.
         step: `int32[]`, number of the batch.
+        choice: the backend.
 
     Returns:
         The contents, and the outgoing `Rows`, `[M, ...]`: what was in the slots that were filled. Nothing changes
@@ -458,6 +503,7 @@ def exchange_group(
         exchange.slots,
         (exchange.rows, exchange.slot_table, jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)),
         _may_exchange(counters, step),
+        choice=choice,
     )
     return contents._replace(buffer=buffer, slot_table=slot_table, counts=counts, dirty=dirty), outgoing
 

@@ -66,32 +66,40 @@ class Choice(NamedTuple):
 XLA = Choice(("xla",), ("xla",), ("xla",))
 
 
-def choose(request: str | Mapping[str, str] | None = None, device: jax.Device | None = None) -> Choice:
+def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.Device | None = None) -> Choice:
     """Decides which backends run what on a device.
 
     Args:
         request: a backend for all operations, "triton"; or for some, "gather=mosaic,update=triton" or a mapping. A
             backend that is asked for is the only one for its operation, but for operations that it does not have when
             it was asked for all. None: what the environment variable JAXCACHE_KERNELS says, in the same words. What is
-            open after that is decided by what runs on the device, the fastest that was measured on its kind first.
+            open after that is decided by what runs on the device, the fastest that was measured on its kind first. A
+            `Choice` is returned as it is.
         device: the default one if None.
 
     Raises:
         ValueError: for names of no backend or operation, or an operation that the backend does not have.
+        NotImplementedError: for a backend that does not run on the device.
 
     >>> choose("gather=xla", jax.devices("cpu")[0]).gather
     ('xla',)
     """
+    if isinstance(request, Choice):
+        return request
     if request is None:
         request, source = os.environ.get(ENVIRONMENT), f"the environment variable {ENVIRONMENT}"
     else:
-        source = "kernels"
+        source = "backends"
     asked = _parse(request, source)
     if device is None:
-        device = jax.config.jax_default_device or jax.local_devices()[0]
+        device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
         if isinstance(device, str):
             device = jax.local_devices(backend=device)[0]
-    usable = [name for name in BACKENDS if obstacle(name, device) is None]
+    obstacles = {name: obstacle(name, device) for name in BACKENDS}
+    for name in asked.values():
+        if obstacles[name] is not None:
+            raise NotImplementedError(f"{source}: {name} {obstacles[name]}; leave it out, or ask for xla")
+    usable = [name for name in BACKENDS if obstacles[name] is None]
     speeds = SPEEDS.get(device.device_kind, {})
 
     def order(operation: str) -> tuple[str, ...]:
@@ -115,10 +123,11 @@ def _parse(request: str | Mapping[str, str] | None, source: str) -> dict[str, st
             for operation in Choice._fields
         }
     if isinstance(request, str):
-        pairs = [tuple(part.partition("=")[::2]) for part in request.replace(" ", "").split(",")]
+        split = (part.partition("=") for part in request.replace(" ", "").split(","))
+        pairs = {operation: backend for operation, _, backend in split}
     else:
-        pairs = list(request.items())
-    for operation, backend in pairs:
+        pairs = dict(request)
+    for operation, backend in pairs.items():
         if operation not in Choice._fields or backend not in BACKENDS:
             raise ValueError(
                 f"{source}: got {request!r}, expected one of {', '.join(BACKENDS)}, or pairs such as "
@@ -126,7 +135,7 @@ def _parse(request: str | Mapping[str, str] | None, source: str) -> dict[str, st
             )
         if backend != "xla" and operation not in _OPERATIONS[backend]:
             raise ValueError(f"{source}: {backend} has no {operation}: use one of the others, {BACKENDS}")
-    return dict(pairs)
+    return pairs
 
 
 def obstacle(backend: str, device: jax.Device) -> str | None:

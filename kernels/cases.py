@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +88,7 @@ def _padded(lookups: int) -> int:
 
 
 _LENGTHS = (0, 3, 1, 0, 7, 64, 65, 2, 0)
-_DLRM = {"slots": 2_000_000, "rows": 500_000, "skew": "power", "measured": True, "padding": 0.0}
+_Large = partial(Case, slots=2_000_000, rows=500_000, skew="power", padding=0.0, measured=True)
 
 CASES: tuple[Case, ...] = (
     # Widths, a power of two or not, in each dtype and with each optimizer.
@@ -122,15 +122,14 @@ CASES: tuple[Case, ...] = (
     Case("a bag of 10,000", bags=((2, 10_000, 0, 1),), skew="power", optimizer="adagrad"),
     Case("features of all kinds", dim=24, bags=(Equal(9, 3), _LENGTHS, Equal(9, 1)), weighted=True, skew="hot"),
     # To be measured: a DLRM with 26 features, its popular rows popular; histories; ScratchPipe's tables.
-    Case("DLRM, dim 16", dim=16, lookups=26 * 16_384, optimizer="rowwise_adagrad", **_DLRM),
-    Case("DLRM, dim 128", dim=128, lookups=26 * 16_384, optimizer="rowwise_adagrad", **_DLRM),
-    Case("DLRM, dim 128, bfloat16", dim=128, dtype="bfloat16", lookups=26 * 16_384, optimizer="adagrad",
-         rounding="stochastic", **_DLRM),
-    Case("DLRM, dim 100, adam", dim=100, lookups=26 * 16_384, optimizer="adam", **_DLRM),
-    Case("8 tables, 20 lookups a bag, dim 128", dim=128, bags=(Equal(2048, 20),) * 8, **_DLRM),
-    Case("8 tables, 20 lookups a bag, dim 128, uniform", dim=128, bags=(Equal(2048, 20),) * 8,
-         **_DLRM | {"skew": "uniform"}),
-    Case("one row has 82 %, 327,680 lookups", dim=128, lookups=327_680, **_DLRM | {"skew": "hot"}),
+    _Large("DLRM, dim 16", dim=16, lookups=26 * 16_384, optimizer="rowwise_adagrad"),
+    _Large("DLRM, dim 128", dim=128, lookups=26 * 16_384, optimizer="rowwise_adagrad"),
+    _Large("DLRM, dim 128, bfloat16", dim=128, dtype="bfloat16", lookups=26 * 16_384, optimizer="adagrad",
+           rounding="stochastic"),
+    _Large("DLRM, dim 100, adam", dim=100, lookups=26 * 16_384, optimizer="adam"),
+    _Large("8 tables, 20 lookups a bag, dim 128", dim=128, bags=(Equal(2048, 20),) * 8),
+    _Large("8 tables, 20 lookups a bag, dim 128, uniform", dim=128, bags=(Equal(2048, 20),) * 8, skew="uniform"),
+    _Large("one row has 82 %, 327,680 lookups", dim=128, lookups=327_680, skew="hot"),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ summed by itself, and added to the sum of the list's blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ LEVELS = 2  # lists that are cut into blocks: the terms, and the sums of their b
 Array = Any
 
 
-class Bags(NamedTuple):
+@dataclass(frozen=True)
+class Bags:
     """The bags of one feature; its lookups follow each other, bag after bag.
 
     Attributes:
@@ -40,6 +42,11 @@ class Bags(NamedTuple):
     lookups: int
     owners: Array | None = None
     offsets: Array | None = None
+
+    @property
+    def size(self) -> int:
+        """Lookups of each bag, if they all have as many."""
+        return self.lookups // self.count if self.count else 0
 
 
 class Gradients(NamedTuple):
@@ -147,6 +154,11 @@ def rewrite(buffer: Any, slots: Array, rows: Callable[[Any], Any], accept: Array
     return _replace(buffer, slots, old, rows(old), accept)
 
 
+def _read_unique(table: Array, slots: Array) -> Array:
+    """The rows at `slots`. What is made of them must not depend on how XLA would fuse it with a table of this size."""
+    return jax.lax.optimization_barrier(_take(table, slots))
+
+
 def gather(table: Array, slots: Array, inverse: Array, accept: Array) -> Array:
     """The row of every lookup.
 
@@ -160,7 +172,7 @@ def gather(table: Array, slots: Array, inverse: Array, accept: Array) -> Array:
         `float32[L, dim]`, lookup i being `table[slots[inverse[i]]]`, and zeros if it stands for no row.
     """
     # The unique rows first: few reads at random from the large table, the many then from a small one.
-    rows = _take(_take(table, slots), inverse).astype(jnp.float32)
+    rows = _take(_read_unique(table, slots), inverse).astype(jnp.float32)
     return jnp.where(accept, rows, jnp.nan)
 
 
@@ -179,7 +191,7 @@ def pool(
         add bags that all have the same number of lookups in another fixed order.
     """
     unique = slots.shape[0]
-    small = _take(table, slots)
+    small = _read_unique(table, slots)
     parts, start = [jnp.zeros((0, table.shape[1]), jnp.float32)], 0
     for feature in bags:
         stop = start + feature.lookups
@@ -187,7 +199,7 @@ def pool(
         if weights is not None:
             rows = rows * jnp.where(inverse[start:stop] < unique, weights[start:stop], jnp.float32(0))[:, None]
         if feature.owners is None:
-            parts.append(_sum_equal(rows.reshape(feature.count, -1, rows.shape[1])))
+            parts.append(_sum_equal(rows.reshape(feature.count, feature.size, rows.shape[1])))
         else:
             parts.append(_sum_segments(rows, feature.owners, feature.offsets))
         start = stop
