@@ -297,6 +297,7 @@ def _sum_segments(rows: Array, owners: Array, starts: Array, order: Array | None
     Returns:
         `float32[S, dim]`.
     """
+    owners, starts = jnp.asarray(owners), jnp.asarray(starts)
     sorted_owners = owners if order is None else owners[order]
     return _sum_lists(rows, sorted_owners, starts[:-1], starts[1:] - starts[:-1], order, levels)
 

@@ -65,12 +65,13 @@ def test_rows_beyond_element_2_to_the_31_are_exchanged_updated_and_gathered(buff
     expected = (
         rows[np.minimum(inverse, 9)] * (places[np.minimum(inverse, 9)] < SLOTS)[:, None] * (inverse < 10)[:, None]
     )
-    np.testing.assert_array_equal(jax.jit(kernels.gather)(buffer[0], places, inverse), expected)
+    gathered = jax.jit(kernels.gather)(buffer[0], places, inverse, np.array(True))
+    np.testing.assert_array_equal(gathered, expected)
     np.testing.assert_array_equal(jax.jit(kernels.read)(buffer[0], places), rows * (places < SLOTS)[:, None])
 
-    in_place(lambda *a: (kernels.update(*a[:2], lambda old: -old, a[2]),), buffer, places, np.array(True))
+    in_place(lambda *a: (kernels.rewrite(*a[:2], lambda old: -old, a[2]),), buffer, places, np.array(True))
     check_contents(buffer[0], places, -rows)
-    in_place(lambda *a: (kernels.update(*a[:2], lambda old: old + 1, a[2]),), buffer, places, np.array(False))
+    in_place(lambda *a: (kernels.rewrite(*a[:2], lambda old: old + 1, a[2]),), buffer, places, np.array(False))
     check_contents(buffer[0], places, -rows)
 
     newer = rows[::-1] // 2
@@ -122,9 +123,11 @@ def test_kernels_address_rows_of_the_largest_buffers():
     accept = shape((), jnp.bool_)
 
     def halved(buffer, places, accept):
-        return kernels.update(buffer, places, lambda old: jax.tree.map(lambda leaf: leaf // 2, old), accept)
+        return kernels.rewrite(buffer, places, lambda old: jax.tree.map(lambda leaf: leaf // 2, old), accept)
 
-    check_index_arithmetic(kernels.gather, BUFFER["weights"], PLACES, shape((LOOKUPS,), jnp.int32), donate=False)
+    check_index_arithmetic(
+        kernels.gather, BUFFER["weights"], PLACES, shape((LOOKUPS,), jnp.int32), accept, donate=False
+    )
     check_index_arithmetic(kernels.read, BUFFER, PLACES, donate=False)
     check_index_arithmetic(halved, BUFFER, PLACES, accept)
     check_index_arithmetic(kernels.exchange, BUFFER, PLACES, incoming, accept)
@@ -175,9 +178,10 @@ def abstract_plan() -> jc.Plan:
     )
     lookups = sum(layout.lookups for layout in layouts)
     return jc.Plan(
-        groups=(GroupPlan(PLACES, shape((lookups,), jnp.int32), PLACES),),
+        groups=(GroupPlan(PLACES, *(shape((n,), jnp.int32) for n in (lookups, lookups, UNIQUE + 1))),),
         weights={"words": shape((LOOKUPS,))},
         bags={"words": shape((LOOKUPS,), jnp.int32)},
+        offsets={"words": shape((SAMPLES + 1,), jnp.int32)},
         step=integer,
         samples=integer,
         features=layouts,

@@ -147,9 +147,10 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
         return jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
 
     integer = shape((), jnp.int32)
-    part = jc.GroupPlan(shape((unique,), jnp.int32), shape((2 * samples,), jnp.int32), shape((unique,), jnp.int32))
+    lookups, starts = shape((2 * samples,), jnp.int32), shape((unique + 1,), jnp.int32)
+    part = jc.GroupPlan(shape((unique,), jnp.int32), lookups, lookups, starts)
     features = tuple(FeatureLayout(name, 0, None, (samples,)) for name in tables)
-    plan = jc.Plan((part,), {}, {}, integer, integer, features)
+    plan = jc.Plan((part,), {}, {}, {}, integer, integer, features)
 
     def step(cache, plan, dense, labels):
         rows = jc.lookup(cache, plan)
