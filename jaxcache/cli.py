@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcache import kernels
 from jaxcache.simulate import POLICIES, UNBOUNDED, check_plot_name, describe, format_table, plot, simulate, size
 from jaxcache.traces import FORMATS, Trace, load_trace
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, OverflowError, NotImplementedError) as error:
         parser.exit(2, f"jaxcache {arguments.command}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\n")
@@ -53,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--percentile", type=float, default=99.0, metavar="P", help="share of the batches to feed (%(default)g)")
     add("--warmup-batches", type=_count, metavar="N", help="not judged at the start; a fifth of the trace")
     add("--json", type=Path, metavar="FILE", help="write the answer and the curve")
+
+    text = "which backend gathers, updates and exchanges rows on this machine's device, and why"
+    command = commands.add_parser("kernels", help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    command.set_defaults(run=_kernels)
+    text = "as LookAhead(backends=...) takes it, such as gather=mosaic,update=xla"
+    command.add_argument("--backends", metavar="B", help=text)
     return parser
 
 
@@ -134,6 +141,11 @@ def _size(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write_json(arguments.json, dataclasses.asdict(answer))
     return 0 if answer.slots else 1
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    print(kernels.describe(arguments.backends))
+    return 0
 
 
 def _write_json(path: Path, content: Any) -> None:

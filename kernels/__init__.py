@@ -32,6 +32,7 @@ __all__ = [
     "Slots",
     "add_counts",
     "choose",
+    "describe",
     "exchange",
     "gather",
     "obstacle",
@@ -91,10 +92,7 @@ def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.
     else:
         source = "backends"
     asked = _parse(request, source)
-    if device is None:
-        device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
-        if isinstance(device, str):
-            device = jax.local_devices(backend=device)[0]
+    device = _default_device() if device is None else device
     obstacles = {name: obstacle(name, device) for name in BACKENDS}
     for name in asked.values():
         if obstacles[name] is not None:
@@ -154,6 +152,34 @@ def obstacle(backend: str, device: jax.Device) -> str | None:
     except ImportError as error:
         return f"needs what cannot be imported: {error}; it comes with pip install 'jaxcache[cuda12]' or [cuda13]"
     return None
+
+
+def describe(request: str | Mapping[str, str] | None = None, device: jax.Device | None = None) -> str:
+    """What `choose` decides and why, in lines to be read.
+
+    >>> print(describe("xla", jax.devices("cpu")[0]).splitlines()[1])
+    gather    xla
+    """
+    device = _default_device() if device is None else device
+    choice = choose(request, device)
+    lines = [f"{device.platform}: {device.device_kind}, JAX {jax.__version__}"]
+    lines += [f"{name:9} {', then '.join(backends)}" for name, backends in choice._asdict().items()]
+    for backend in BACKENDS:
+        reason = obstacle(backend, device)
+        operations = ", ".join(_OPERATIONS.get(backend, Choice._fields))
+        lines.append(f"{backend:9} {f'runs here: {operations}' if reason is None else reason}")
+    if request is not None:
+        lines.append("asked for: " + str(request))
+    elif os.environ.get(ENVIRONMENT):
+        lines.append(f"{ENVIRONMENT}: {os.environ[ENVIRONMENT]}")
+    known = device.device_kind in SPEEDS
+    lines.append(f"measured: {SPEEDS[device.device_kind] if known else 'nothing on this kind of device'}")
+    return "\n".join(lines)
+
+
+def _default_device() -> jax.Device:
+    device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
 
 
 def _module(backend: str) -> Any:

@@ -199,3 +199,35 @@ def test_the_page_on_capacity_runs_as_written(tmp_path):
         assert committed.stat().st_size < 100_000
         words = [re.findall(r">([^<>]+)</text>", file.read_text()) for file in (committed, drawn)]
         assert words[0] == words[1], f"{name} is not what the page's command draws"
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_says_what_runs_here_and_why(capsys, monkeypatch):
+    assert main(["kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cpu: cpu, JAX 0.")
+    assert [line.split() for line in lines[1:4]] == [["gather", "xla"], ["update", "xla"], ["exchange", "xla"]]
+    assert lines[4:] == [
+        "triton    needs an NVIDIA GPU, this is cpu",
+        "mosaic    needs an NVIDIA GPU, this is cpu",
+        "xla       runs here: gather, update, exchange",
+        "measured: nothing on this kind of device",
+    ]
+    monkeypatch.setenv("JAXCACHE_KERNELS", "gather=xla")
+    assert main(["kernels"]) == 0
+    assert "JAXCACHE_KERNELS: gather=xla" in capsys.readouterr().out
+    assert main(["kernels", "--backends", "update=xla"]) == 0
+    assert "asked for: update=xla" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [("triton", "backends: triton needs an NVIDIA GPU"), ("cuda", "backends: got 'cuda', expected one of triton,")],
+)
+def test_kernels_refuses_what_cannot_be(request_, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["kernels", "--backends", request_])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"jaxcache kernels: error: {message}")

@@ -18,7 +18,7 @@ import oracle
 from criteo import read_criteo
 from jaxcache import planner as planner_module
 from jaxcache import policies
-from jaxcache.lookups import CHUNK_LOOKUPS, SMALL_ROWS, deduplicate
+from jaxcache.lookups import CHUNK_LOOKUPS, SMALL_ROWS, by_row, deduplicate
 from jaxcache.planner import ABSENT, LookAheadPlanner, ResidentPlanner, Workers
 
 LARGEST = 2**63 - 1
@@ -654,3 +654,15 @@ def test_the_resident_planner_is_numpy_unique_and_moves_nothing(stream, window):
         assert len(set(found.unique_slots.tolist())) == len(found.unique_slots)
         assert all(len(moved) == 0 for moved in (found.missed, found.fetched, found.slots, found.victims))
         assert found.wait_for == ABSENT
+
+
+@pytest.mark.parametrize("lookups, unique, bound", [(0, 0, 1), (1, 1, 1), (50, 7, 9), (3000, 40, 40), (20, 0, 3)])
+def test_lookups_by_row_are_a_stable_sort(lookups, unique, bound):
+    random = np.random.default_rng(lookups)
+    inverse = random.integers(0, unique + 1, lookups).astype(np.int32)
+    inverse[inverse == unique] = bound + random.integers(0, 2)  # those of no row
+    occurrences = np.bincount(inverse, minlength=bound)[:unique].astype(np.int32)
+    order, starts = by_row(inverse, occurrences, bound)
+    np.testing.assert_array_equal(order, np.argsort(inverse, kind="stable"))
+    np.testing.assert_array_equal(starts, np.searchsorted(np.sort(inverse), np.arange(bound + 1)))
+    assert order.dtype == starts.dtype == np.int32

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxcache as jc
+from jaxcache import pipeline
 from training import (
     OPTIMIZERS,
     ROWS,
     SAMPLES,
     TABLES,
     Result,
+    make_batch,
     make_batches,
     make_store,
     most_unique_rows,
@@ -161,3 +163,38 @@ def test_optimizer_state_of_half_precision(dtype):
     cached = train(make_store(optimizer), batches, 16)
     cached.assert_same_bits(train(make_store(optimizer), batches, "100%"))
     assert any(leaf.dtype == jnp.dtype(dtype) for leaf in cached.states["user"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_rows_with_hundreds_of_lookups_in_a_batch(optimizer):
+    """Their gradients are summed in blocks, which must not depend on what else is in the cache or the batch."""
+    random = np.random.default_rng(7)
+    batches = [make_batch(random, kind, 400) for kind in ["equal", "skewed", "equal", "skewed", "skewed"]]
+    losses, weights = plain_training(optimizer, batches, lazy=True)
+    cached = train(make_store(optimizer), batches, most_unique_rows(batches), window=2)
+    cached.assert_same_bits(train(make_store(optimizer), batches, "100%", window=1))
+    assert cached.report.rows_written_back > 0
+    np.testing.assert_allclose(cached.losses, losses, rtol=1e-5)
+    for name in TABLES:
+        np.testing.assert_allclose(cached.weights[name], weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_victims_come_home_through_page_locked_memory(monkeypatch):
+    """As they do where the device has memory of its own; JAX offers such memory on CPUs too."""
+    device = jax.local_devices()[0]
+    assert pipeline._host_memory(device) is None
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    batches = make_batches(8, ["skewed", "uniform", "distinct"] * 4)
+    expected = train(make_store("adam"), batches, most_unique_rows(batches))
+    kinds, write_home = [], jc.LookAhead._write_home
+
+    def recorded(store, keys, rows, part):
+        kinds.extend(leaf.sharding.memory_kind for leaf in jax.tree.leaves(rows))
+        write_home(store, keys, rows, part)
+
+    monkeypatch.setattr(pipeline, "_host_memory", lambda device: host)
+    monkeypatch.setattr(jc.LookAhead, "_write_home", staticmethod(recorded))
+    found = train(make_store("adam"), batches, most_unique_rows(batches))
+    found.assert_same_bits(expected)
+    assert found.report.rows_written_back == expected.report.rows_written_back > 0
+    assert kinds.count("pinned_host") >= 3 * 5  # weights and two moments of the victims of several batches
