@@ -168,6 +168,8 @@ def describe(request: str | Mapping[str, str] | None = None, device: jax.Device 
         reason = obstacle(backend, device)
         operations = ", ".join(_OPERATIONS.get(backend, Choice._fields))
         lines.append(f"{backend:9} {f'runs here: {operations}' if reason is None else reason}")
+    if device.platform != "cpu" and choice.update[0] == "xla":
+        lines.append("update by XLA adds in no fixed order here, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true")
     if request is not None:
         lines.append("asked for: " + str(request))
     elif os.environ.get(ENVIRONMENT):

@@ -433,6 +433,25 @@ def test_old_jax_is_named(backends, monkeypatch):
     assert kernels.obstacle("triton", H100).startswith("needs JAX 99.0 or later, this is 0.")
 
 
+def test_the_choice_is_described(backends, monkeypatch):
+    lines = kernels.describe(None, H100).splitlines()
+    assert lines[0].startswith("gpu: NVIDIA H100 80GB HBM3, JAX 0.")
+    assert lines[1:] == [
+        "gather    triton, then mosaic, then xla",
+        "update    triton, then mosaic, then xla",
+        "exchange  triton, then xla",
+        "triton    runs here: gather, update, exchange",
+        "mosaic    runs here: gather, update",
+        "xla       runs here: gather, update, exchange",
+        "measured: nothing on this kind of device",
+    ]
+    monkeypatch.setattr(kernels, "SPEEDS", {H100.device_kind: {"gather": ("mosaic",)}})
+    lines = kernels.describe("update=xla", H100).splitlines()
+    assert lines[1:3] == ["gather    mosaic, then triton, then xla", "update    xla"]
+    assert lines[7].startswith("update by XLA adds in no fixed order here, unless XLA_FLAGS has --xla_gpu_determ")
+    assert lines[8:] == ["asked for: update=xla", "measured: {'gather': ('mosaic',)}"]
+
+
 def test_what_was_measured_comes_first(backends, monkeypatch):
     speeds = {"NVIDIA H100 80GB HBM3": {"gather": ("mosaic", "xla", "triton"), "exchange": ("xla", "triton")}}
     monkeypatch.setattr(kernels, "SPEEDS", speeds)
