@@ -119,28 +119,30 @@ both = pytest.mark.parametrize("program", ["step", "exchange"])
 
 
 @both
-@choices
+@pytest.mark.parametrize(
+    "choice, device",
+    [("xla", "NVIDIA H100"), ("triton", "NVIDIA A100"), ("triton", "NVIDIA H100"), ("mosaic", "NVIDIA H100")],
+)
 @groups
-def test_step_and_exchange_are_lowered_for_cuda(group, choice, program):
+def test_step_and_exchange_are_lowered_for_cuda(group, choice, device, program):
     if reason := missing(choice):
         pytest.skip(reason)
     function, arguments, donated = programs(group, choice)[program]
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=_abstract_device())
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_device(device):
         lowered = jax.jit(function, donate_argnums=0).trace(*arguments).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     calls = set(re.findall(r"stablehlo\.custom_call @([\w.$]+)", text))
-    triton, mosaic = any("triton" in call for call in calls), any("mosaic" in call for call in calls)
-    assert triton == (choice == "triton" or (choice == "mosaic" and (program == "exchange" or triton)))
-    assert mosaic == (choice == "mosaic" and program == "step" and mosaic)
-    if choice == "mosaic" and program == "step":
-        assert triton or mosaic
+    expected = {"xla": [], "triton": ["triton"], "mosaic": ["triton" if program == "exchange" else "mosaic"]}[choice]
+    assert [backend for backend in ("triton", "mosaic") if any(backend in call for call in calls)] == expected
     # Every array of the cache is given back in its own place.
     assert text.count("tf.aliasing_output") >= len(jax.tree.leaves(donated))
 
 
-def _abstract_device():
-    return jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+def on_device(kind: str):
+    """Kernels are lowered for a device of that kind, as JAX names it."""
+    device = jax.sharding.AbstractDevice(kind, None, "gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), auto, abstract_device=device))
 
 
 # Compiled
@@ -169,13 +171,19 @@ def test_nothing_of_the_size_of_the_cache_is_copied_on_an_h100(group, choice, pr
         pytest.skip(reason)
     function, arguments, donated = programs(group, choice)[program]
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=h100), arguments)
-    figures = jax.jit(function, donate_argnums=0).lower(*placed).compile().memory_analysis()
+    with on_device("NVIDIA H100"):
+        figures = jax.jit(function, donate_argnums=0).lower(*placed).compile().memory_analysis()
     size = sum(np.prod(leaf.shape, dtype=int) * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated))
     print(
         f"{program}, {group}, {choice}: MiB in the cache {size / 2**20:.1f}, "
         f"in place {figures.alias_size_in_bytes / 2**20:.1f}, temporary {figures.temp_size_in_bytes / 2**20:.1f}"
     )
     assert figures.alias_size_in_bytes >= 0.999 * size
-    lookups = SAMPLES * (LENGTH + 1) + WORDS
-    dim = GROUPS[group][0].dim
-    assert figures.temp_size_in_bytes < 4 * 5 * (UNIQUE + lookups) * dim < size / 2
+    row, lookups = 4 * GROUPS[group][0].dim, SAMPLES * (LENGTH + 1) + WORDS
+    if choice == "xla":
+        assert figures.temp_size_in_bytes < 5 * row * (UNIQUE + lookups) < size / 2
+    else:
+        # Summed gradients, where the optimizer is not built in, sums of blocks, and what is of samples; two integers of
+        # each lookup, but never a row of each.
+        most = row * (UNIQUE + 6 * SAMPLES + lookups // 32) + 8 * lookups
+        assert figures.temp_size_in_bytes < most < row * lookups / 1.4
