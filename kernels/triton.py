@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax.interpreters import partial_eval
 
 from . import xla
 from .xla import BLOCK, FUSED, LEVELS, Bags, Gradients, Rule, Slots
@@ -329,10 +330,6 @@ def _exchange_rows(
 
 # Launches
 
-# A product that is added to something is rounded first. Triton stamps PTX with the version of the assembler that it
-# brings; JAX assembles with its own, which may be older: that of CUDA 12.9, the oldest that JAX brings, takes 8.8.
-BACKEND_OPTIONS = {"enable_fp_fusion": False, "ptx_version": 88}
-
 
 @functools.cache
 def load() -> ModuleType:
@@ -351,27 +348,52 @@ def load() -> ModuleType:
 
     if jax_triton.__version_info__ < (0, 4):
         raise ImportError(f"jax-triton 0.4 or later is needed, this is {jax_triton.__version__}")
+    # JAX 0.12 gives one argument more to a rule of dead code elimination than jax-triton 0.4.1 takes.
+    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
+        primitive = jax_triton.triton_lib.triton_kernel_call_p
+        rule = partial_eval.dce_rules[primitive]
+        partial_eval.dce_rules[primitive] = lambda used, _, equation: rule(used, equation)
     return jax_triton
 
 
 class _Tile(NamedTuple):
-    """How a kernel is cut up."""
+    """What a program works on, and how."""
 
     rows: int
     columns: int
     unroll: int
     warps: int
+    registers: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler.
+
+        A product that is added to something is rounded first. Triton stamps PTX with the version of the assembler that
+        it brings; JAX assembles with its own, which may be older: that of CUDA 12.9, the oldest that JAX brings, takes
+        8.8. Without a bound the assembler aims at 32 registers, and in some kernels spills one to get there.
+        """
+        return {
+            "num_warps": self.warps,
+            "num_stages": 1,
+            "maxnreg": self.registers,
+            "enable_fp_fusion": False,
+            "ptx_version": 88,
+        }
 
 
 def _tile(dim: int, itemsize: int) -> _Tile:
     """For rows of a table of which an element has so many bytes: the one place for tuning.
 
-    A thread takes 16 bytes of a row at once where the row has them, and no more, so that registers never run short. So
-    four warps have one row of 512 float32 numbers, or the more rows the narrower they are; wider rows have more warps.
+    A thread takes 16 bytes of a row at once, or a whole row if it has less; and no more, so that registers never run
+    short. So four warps have one row of 512 float32 numbers, or the more rows the narrower they are; wider rows have
+    more warps. Rows that do not begin at multiples of 16 bytes are read in smaller pieces, each with an address.
     """
     columns = min(triton.next_power_of_2(dim), MAX_COLUMNS)
-    elements = 32 * 4 * max(16 // itemsize, 1)
-    return _Tile(max(elements // columns, 1), columns, 4, max(4 * columns // elements, 4))
+    elements = 32 * 4 * min(max(16 // itemsize, 1), columns)
+    return _Tile(
+        max(elements // columns, 1), columns, 4, max(4 * columns // elements, 4), 128 if dim * itemsize % 16 else 64
+    )
 
 
 def _grid(rows: int, dim: int, tile: _Tile) -> tuple[int, int]:
@@ -413,9 +435,7 @@ def _launch(
         name=kernel.__name__,
         out_type=tuple(results.values()),
         grid=grid,
-        num_warps=tile.warps,
-        num_stages=1,
-        backend_options=BACKEND_OPTIONS,
+        backend_options=tile.options,
     )
     return list(written), [None if reference is None else jax.freeze(reference) for reference in references.values()]
 

@@ -7,8 +7,10 @@ arguments is the code that a GPU runs; `_launch` alone is replaced.
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
 
+import itertools
 import json
 import mmap
 import sys
@@ -52,18 +54,19 @@ def patch_once(original, patched, function):
     return patched[modules]
 
 
-interpreter._convert_float = partial(convert_float, interpreter._convert_float)
-interpreter._patch_lang = partial(patch_once, interpreter._patch_lang, {})
-
-NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "bool": "i1"}
+def short_name(dtype):
+    """Triton's name of a dtype."""
+    name = np.dtype(dtype).name
+    if name == "bool":
+        return "i1"
+    return name.replace("bfloat", "bf").replace("float", "fp").replace("uint", "u").replace("int", "i")
 
 
 class Pointer:
     """An array between two guards, as what the interpreter takes for a tensor of PyTorch on the CPU."""
 
     def __init__(self, array, guarded=True):
-        self.name = array.dtype.name
-        self.dtype = NAMES.get(self.name, self.name.replace("uint", "u").replace("int", "i"))
+        self.dtype = short_name(array.dtype)
         self.guard = max(4096, 8 * array.nbytes // max(len(array), 1)) // 64 * 64 if guarded and array.ndim else 0
         if self.guard:
             # All ones: NaN, or an index of -1.
@@ -164,14 +167,14 @@ def pooled(problem, table):
         offsets = feature.offsets
         if offsets is None:
             offsets = np.arange(feature.count + 1) * (feature.lookups // max(feature.count, 1))
-        sums += [tree(rows[start + a : start + b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        sums += [tree(rows[start + a : start + b]) for a, b in itertools.pairwise(offsets)]
         start += feature.lookups
     return np.stack(sums)
 
 
 def summed(gradients):
     order, starts = gradients.order, gradients.starts
-    lists = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    lists = [order[a:b] for a, b in itertools.pairwise(starts)]
 
     def terms(lookups):
         rows = gradients.rows[lookups if gradients.sources is None else gradients.sources[lookups]]
@@ -368,8 +371,9 @@ def check_leaves(failures):
     dtypes = ("bool", "int8", "int32", "uint32", "float16", "bfloat16", "float32", "int16", "uint8")
     for number, row in enumerate([(), (1,), (3,), (2, 5), (64,), (100,), (1000,), (1024,), (1100,), (0,)]):
         dtype = np.dtype(dtypes[number % len(dtypes)])
-        buffer[f"{number}"] = random.integers(0, 2 if dtype == bool else 100, (50, *row)).astype(dtype)
-        incoming[f"{number}"] = random.integers(0, 2 if dtype == bool else 100, (len(slots), *row)).astype(dtype)
+        below = 2 if dtype.name == "bool" else 100
+        buffer[f"{number}"] = random.integers(0, below, (50, *row)).astype(dtype)
+        incoming[f"{number}"] = random.integers(0, below, (len(slots), *row)).astype(dtype)
     check_exchange(buffer, slots, incoming, failures)
     check_exchange((), slots, (), failures)
 
@@ -422,7 +426,14 @@ def check_refusals(failures):
     refused("gradients of dtype float64", backend.sum_occurrences, gradients._replace(rows=table[:1]))
     refused("state of dtype float64", backend.update, kept, one, gradients, momentum(), accept)
     refused("the rule lion", backend.update, kept, one, gradients, momentum()._replace(name="lion"), accept)
-    refused("buffer of complex64", backend.exchange, table.astype(np.complex64), one, (table[:1] * 1j).astype(np.complex64), accept)
+    refused(
+        "buffer of complex64",
+        backend.exchange,
+        table.astype(np.complex64),
+        one,
+        (table[:1] * 1j).astype(np.complex64),
+        accept,
+    )
 
 
 def check_more_than_32_bits(failures):
@@ -492,7 +503,17 @@ CHECKS = {
 }
 
 
+# Those that take the longest.
+SLOW = {
+    name
+    for name in CHECKS
+    if name.startswith(("dim 384", "dim 1000", "dim 1024", "dim 48", "dim 128, adam", "lengths", "3 rows"))
+}
+
+
 def main():
+    interpreter._convert_float = partial(convert_float, interpreter._convert_float)
+    interpreter._patch_lang = partial(patch_once, interpreter._patch_lang, {})
     found = {}
     for name in sys.argv[1:] or CHECKS:
         backend._launch = partial(launch, True)
