@@ -21,9 +21,11 @@ kernel has as many as it was written with.
 
 What a kernel changes is passed to it as a reference, `jax.new_ref`, which XLA aliases, so that a donated buffer is
 changed in place. Places are widened to 64 bits before they are multiplied by the number of columns. Sizes of buffers
-and batches are arguments rather than constants of the kernels: a new size compiles none of them anew. Products and
-sums are never contracted, and division and square root are rounded correctly, so that the optimizers have the bits of
-their formulas in FUSED. Exceptions: the order of the mean in rowwise_adagrad, and `v` of adam takes (1 - b2) * (g * g).
+and batches are arguments rather than constants of the kernels: a new size compiles none of them anew.
+
+Products and sums are not contracted, and division and square root are rounded correctly: given the same sums, a rule
+has the bits of its formula in FUSED, taken operation by operation. Two things are left open there: the mean of
+rowwise_adagrad is summed in an order that suits the tile, and adam multiplies (1 - b2) by (g * g), as optax does.
 """
 
 from __future__ import annotations
@@ -351,9 +353,13 @@ def load() -> ModuleType:
     # JAX 0.12 gives one argument more to a rule of dead code elimination than jax-triton 0.4.1 takes.
     if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
         primitive = jax_triton.triton_lib.triton_kernel_call_p
-        rule = partial_eval.dce_rules[primitive]
-        partial_eval.dce_rules[primitive] = lambda used, _, equation: rule(used, equation)
+        rules: dict[Any, Any] = partial_eval.dce_rules
+        rules[primitive] = functools.partial(_eliminate, rules[primitive])
     return jax_triton
+
+
+def _eliminate(rule: Any, used: list[bool], _: list[bool], equation: Any) -> Any:
+    return rule(used, equation)
 
 
 class _Tile(NamedTuple):
@@ -447,18 +453,18 @@ class _Lists(NamedTuple):
     """The lists to be summed; list s has the terms at positions `begins[s]` to `ends[s]`.
 
     Attributes:
-        count: number of lists.
+        segments: number of lists.
         positions: number of positions, more than those that are in lists perhaps.
         longest: no list has more terms; from shapes alone.
-        begins: `int32[count]`, or with one more if `ends` is None: then each ends where the next one begins.
-        ends: `int32[count]` or None.
+        begins: `int32[segments]`, or with one more if `ends` is None: then each ends where the next one begins.
+        ends: `int32[segments]` or None.
         every: the length of all lists, if they are equally long and begin at position 0; then there are no arrays.
-        owners: `int32[positions]`, the list of each position; `count` or larger for none.
+        owners: `int32[positions]`, the list of each position; `segments` or larger for none.
         owner_order: `int32[positions]` or None; where it is given, position p has `owners[owner_order[p]]`.
         owner_step: how many elements of `owners` are from one multiple of BLOCK to the next.
     """
 
-    count: int
+    segments: int
     positions: int
     longest: int
     begins: Array | None = None
@@ -483,6 +489,8 @@ def _lists_of_bags(bags: Sequence[Bags]) -> _Lists:
     if len(bags) == 1 and bags[0].offsets is not None:
         return _Lists(count, positions, longest, begins=bags[0].offsets, owners=bags[0].owners)
     begins, ends, owners, start, bag = [], [], [], 0, 0
+    offsets: Array
+    mine: Array
     for feature in bags:
         step = range(start + -start % BLOCK, start + feature.lookups, BLOCK)
         if feature.owners is None:
@@ -558,7 +566,7 @@ def _block_sums(lists: _Lists, terms: dict[str, Any]) -> dict[str, Array | None]
             {"out": jax.ShapeDtypeStruct((positions, dim), jnp.float32)},
             {},
             {
-                "blocks": positions, "segments": lists.count, "begins": lists.begins, "ends": lists.ends,
+                "blocks": positions, "segments": lists.segments, "begins": lists.begins, "ends": lists.ends,
                 "owners": lists.owners, "owner_order": lists.owner_order, **terms,
             },
             {"EVERY": lists.every, "OWNER_STEP": step, "LEVEL": level, "DIM": dim, "UNROLL": tile.unroll},
@@ -570,17 +578,17 @@ def _block_sums(lists: _Lists, terms: dict[str, Any]) -> dict[str, Array | None]
 
 def _sums(lists: _Lists, terms: dict[str, Any], accept: Array | None) -> Array:
     dim = terms["table"].shape[1]
-    if not lists.count or not dim:
-        return jnp.zeros((lists.count, dim), jnp.float32)
+    if not lists.segments or not dim:
+        return jnp.zeros((lists.segments, dim), jnp.float32)
     tile = _tile(dim, terms["table"].dtype.itemsize)
     [summed], _ = _launch(
         _write_sums,
-        _grid(lists.count, dim, tile),
+        _grid(lists.segments, dim, tile),
         tile,
-        {"out": jax.ShapeDtypeStruct((lists.count, dim), jnp.float32)},
+        {"out": jax.ShapeDtypeStruct((lists.segments, dim), jnp.float32)},
         {},
         {
-            "accept": accept, "segments": lists.count, "begins": lists.begins, "ends": lists.ends, **terms,
+            "accept": accept, "segments": lists.segments, "begins": lists.begins, "ends": lists.ends, **terms,
             **_block_sums(lists, terms),
         },
         {"EVERY": lists.every, "DIM": dim, "UNROLL": tile.unroll},
