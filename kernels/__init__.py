@@ -148,7 +148,8 @@ def obstacle(backend: str, device: jax.Device) -> str | None:
     if jax.__version_info__ < _VERSION:
         return f"needs JAX {'.'.join(map(str, _VERSION))} or later, this is {jax.__version__}"
     try:
-        _module(backend)
+        # What a backend needs to run, though not to be imported, it imports in `load`.
+        getattr(_module(backend), "load", lambda: None)()
     except ImportError as error:
         return f"needs what cannot be imported: {error}; it comes with pip install 'jaxcache[cuda12]' or [cuda13]"
     return None
