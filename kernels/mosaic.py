@@ -43,6 +43,7 @@ from .xla import BLOCK, FUSED, Bags, Gradients, Rule, Slots
 
 THREADS = 128  # of a warpgroup
 LANES = 32  # of a warp
+MOST = 1024  # columns of a row
 
 Array = Any
 Row = tuple[Array, ...]  # a row in registers: its pieces
@@ -50,12 +51,10 @@ Row = tuple[Array, ...]  # a row in registers: its pieces
 
 def gather(table: Array, slots: Array, inverse: Array, accept: Array) -> Array:
     """The row of every lookup: see `xla.gather`."""
-    lookups, dim = len(inverse), table.shape[1]
-    terms = _lookups(table, slots, inverse, None)
+    terms, lookups = _lookups(table, slots, inverse, None), len(inverse)
     if not lookups:
-        return jnp.zeros((0, dim), jnp.float32)
-
-    width = _in_flight(dim)
+        return jnp.zeros((0, terms.dim), jnp.float32)
+    width = _in_flight(terms.dim)
 
     def body(program, operands, out):
         accept, refs = operands
@@ -65,7 +64,7 @@ def gather(table: Array, slots: Array, inverse: Array, accept: Array) -> Array:
         for place, row in zip(places, rows, strict=True):
             _store(out, place, _where(accept[0], row, jnp.nan))
 
-    out = jax.ShapeDtypeStruct((lookups, dim), jnp.float32)
+    out = jax.ShapeDtypeStruct((lookups, terms.dim), jnp.float32)
     return _launch("gather", body, pl.cdiv(lookups, width), (_flag(accept), terms.operands), out)
 
 
@@ -85,7 +84,7 @@ def update(kept: Slots, slots: Array, gradients: Gradients, rule: Rule, accept: 
     """Sums gradients and applies a row optimizer: see `xla.update`. XLA applies rules that have no name."""
     if rule.name is None:
         return xla.update_summed(kept, slots, sum_occurrences(gradients), gradients.starts, rule, accept)
-    _check_rule(kept, rule)
+    _check_update(kept, rule)
     unique, count = len(slots), len(kept.weights)
     if not unique:
         return kept
@@ -226,11 +225,8 @@ class Terms(NamedTuple):
 
 def _lookups(table: Array, slots: Array, inverse: Array, weights: Array | None) -> Terms:
     """The rows of lookups, weighted."""
-    count, dim = table.shape
-    unique = len(slots)
-    _check("table", table)
-    if not count:
-        raise NotImplementedError("a table without slots")
+    _check_table(table)
+    (count, dim), unique = table.shape, len(slots)
 
     def load(operands, position):
         table, slots, inverse, weights, one = operands
@@ -247,7 +243,7 @@ def _lookups(table: Array, slots: Array, inverse: Array, weights: Array | None) 
 
 def _occurrences(gradients: Gradients) -> Terms:
     """The gradients of lookups, weighted, in the order of their rows."""
-    _check("gradients", gradients.rows)
+    _check_rows("gradients", gradients.rows, jnp.float32)
 
     def load(operands, position):
         rows, sources, weights, order, one = operands
@@ -368,7 +364,9 @@ def _sum_each(terms: Terms, begins: Array) -> Array:
 
         @pl.when(begin >= 0)
         def _():
-            (row,) = _in_order(lambda place: terms.load(refs, place), [(begin, jnp.int32(BLOCK))], terms.dim, _in_flight(terms.dim))
+            (row,) = _in_order(
+                lambda place: terms.load(refs, place), [(begin, jnp.int32(BLOCK))], terms.dim, _in_flight(terms.dim)
+            )
             _store(out, program, row)
 
     out = jax.ShapeDtypeStruct((len(begins), terms.dim), jnp.float32)
@@ -486,7 +484,9 @@ def _load_kept(kept: Slots, place: Any, rule: Rule) -> Slots:
     if rule.name == "rowwise_adagrad":
         *rows, scalar = kept.state
         scalars = (scalar[place, 0],)
-    return Slots(_load(kept.weights, place), (*(_load(leaf, place) for leaf in rows), *scalars), kept.counts[place], None)
+    return Slots(
+        _load(kept.weights, place), (*(_load(leaf, place) for leaf in rows), *scalars), kept.counts[place], None
+    )
 
 
 def _store_kept(kept: Slots, place: Any, new: Slots) -> None:
@@ -509,7 +509,7 @@ def _updated(
         state = (weights, *state)
     else:
         weights, state = _apply(rule.name, scalars, summed, old.weights, old.state)
-    if words is None:
+    if words is None or rule.master_copy:
         rounded = tuple(piece.astype(dtype) for piece in weights)
     else:
         rounded = tuple(_round_stochastically(p, w, dtype) for p, w in zip(weights, words, strict=True))
@@ -591,22 +591,32 @@ def _round_stochastically(values: Array, words: Array, dtype: Any) -> Array:
 # What is refused
 
 
-def _check(name: str, rows: Array) -> None:
-    if rows.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{name} of {rows.dtype}: rows are float32, bfloat16 or float16")
-    if rows.shape[1] > 1024:
-        raise NotImplementedError(f"{name} of {rows.shape[1]} columns: a row must fit in registers, up to 1,024 do")
+def _check_rows(name: str, rows: Array, *dtypes: Any) -> None:
+    if rows.ndim != 2:
+        raise NotImplementedError(f"{name} of {rows.ndim} axes: rows have one, so that there are 2")
+    if rows.dtype not in dtypes:
+        raise NotImplementedError(f"{name} of {rows.dtype}: expected {', '.join(jnp.dtype(d).name for d in dtypes)}")
+    if not 1 <= rows.shape[1] <= MOST:
+        raise NotImplementedError(f"{name} of {rows.shape[1]} columns: 1 to {MOST} fit in registers")
 
 
-def _check_rule(kept: Slots, rule: Rule) -> None:
+def _check_table(table: Array) -> None:
+    _check_rows("a table", table, jnp.float32, jnp.bfloat16, jnp.float16)
+    if not len(table):
+        raise NotImplementedError("a table without rows: a program reads one even where it needs none")
+
+
+def _check_update(kept: Slots, rule: Rule) -> None:
+    _check_table(kept.weights)
     if rule.name not in FUSED:
         raise NotImplementedError(f"the rule {rule.name!r}: those with kernels are {', '.join(FUSED)}")
     dim = kept.weights.shape[1]
-    _check("table", kept.weights)
-    state = {"sgd": (), "rowwise_adagrad": (1,), "adam": (dim, dim)}.get(rule.name, (dim,))
-    expected = (dim, *state) if rule.master_copy else state
-    if tuple(leaf.shape[1:] for leaf in kept.state) != tuple((size,) for size in expected) or any(
-        leaf.dtype != jnp.float32 for leaf in kept.state
-    ):
-        found = ", ".join(f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in kept.state)
-        raise NotImplementedError(f"{rule.name} with a state of [{found}] a slot, expected float32 of {list(expected)}")
+    sizes = {"sgd": (), "rowwise_adagrad": (1,), "adam": (dim, dim)}.get(str(rule.name), (dim,))
+    expected = [f"float32[{size}]" for size in ((dim, *sizes) if rule.master_copy else sizes)]
+    found = [f"{leaf.dtype}{[*leaf.shape[1:]]}" for leaf in kept.state]
+    if found != expected:
+        raise NotImplementedError(
+            f"{rule.name} with a state of [{', '.join(found)}] a slot: expected [{', '.join(expected)}]"
+        )
+    if rule.words is not None and kept.weights.dtype == jnp.float32:
+        raise NotImplementedError("random bits to round float32 weights: only those of 16 bits are rounded")
