@@ -1,15 +1,15 @@
 """Kernels for NVIDIA GPUs from Hopper on, in Pallas Mosaic GPU.
 
-Every program is one warpgroup of 128 threads, and all it needs lies in registers: there is no shared memory, no
-asynchronous copy and no barrier of our own. What hides the latency of memory is that several rows are on their way at
-a time in each program, and that many programs share a multiprocessor.
+Every program is one warpgroup of 128 threads that loads rows from memory into registers and stores them from there:
+there are no asynchronous copies and no barriers of our own. What hides the latency of memory is that each program has
+several rows on their way at a time, and that many programs share a multiprocessor.
 
-**A row in registers.** Mosaic GPU spreads an array over all 128 threads, so its size must be a multiple of 128, or of
-a layout that repeats it. A row is cut into pieces: as many columns as are a multiple of 128, and what remains by powers
-of two, each of which is held by as many lanes and repeated in all others. So any dim goes, at the price of threads that
-do the same work: they load the same addresses, which are one access to memory, and store equal values.
+**A row in registers.** Mosaic GPU spreads an array over all 128 threads, so its size is a multiple of 128, or its
+layout says which threads hold copies. A row is cut into pieces: as many columns as are a multiple of 128, and what
+remains by powers of two. Those are held by a lane for each column, in each warp anew. So any dim goes, at the price of
+threads that do the same work: they load the same addresses, which is one access to memory, and store equal values.
 
-**gather**: a program copies a few lookups; their rows are all asked for before the first is stored.
+**gather**: a program copies a few lookups; all their rows are asked for before the first is stored.
 
 **Sums** (`pool`, `sum_occurrences`, `update`) follow the tree of `xla.py` in up to three launches:
 1. a program for each full block of BLOCK terms of a list that has more than BLOCK: the sum of the block;
@@ -18,12 +18,13 @@ do the same work: they load the same addresses, which are one access to memory, 
    is done with the sum: write it, or apply the optimizer.
 The number of programs is that of what there could be; which term is in which block comes from a few small XLA
 operations on the begins and lengths of the lists, and a program without a block ends at once. A term is found in the
-kernel (`order`, `sources`, `slots[inverse]`), so nothing of size lookups x dim is ever written.
+kernel (`order` and `sources`, or `slots[inverse]`), so nothing of size lookups x dim is ever written.
 
 **update** reads the kept rows of its lists and writes them in the same program, through references (`jax.new_ref`),
-so in place if they are donated. Rows are repeated in several threads, and none of these may write before all have read:
-Mosaic puts a barrier of the warpgroup before and after each store unless it is told not to, which only `update` leaves
-so. No two programs touch the same slot, since `slots` has each place once.
+in place if they are donated. No two programs touch the same slot, since `slots` has each place once. Within a program
+a thread must not write a row before the others that hold copies of it have read it: Mosaic puts a barrier of the
+warpgroup before and after each store, unless it is told not to, as the other kernels do, which read nothing that they
+write. All branches and numbers of rounds depend on scalars that all threads read alike, so all meet at the barriers.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from . import xla
 from .xla import BLOCK, FUSED, Bags, Gradients, Rule, Slots
 
+plgpu: Any = mosaic_gpu  # its types differ from one version of JAX to the next
 THREADS = 128  # of a warpgroup
 LANES = 32  # of a warp
 MOST = 1024  # columns of a row
@@ -97,15 +99,16 @@ def update(kept: Slots, slots: Array, gradients: Gradients, rule: Rule, accept: 
         reads, ranges = _ranges(program, width, lists)
         slots = [slots[read] for read in reads]
         places = [jnp.minimum(slot, count - 1) for slot in slots]
-        # Asked for before the gradients, whose sum takes a while; and all rows are read before any is written.
         old = [_load_kept(kept, place, rule) for place in places]
         bits = [_load(words, read) if rule.words is not None else None for read in reads]
         sums = _sum_lists(terms, refs, levels, ranges)
-        scalars = {name: coefficients[i] for i, name in enumerate(("one", *FUSED[rule.name]))}
+        scalars = {name: coefficients[i] for i, name in enumerate(("one", *FUSED[str(rule.name)]))}
         for i in range(width):
             new = _updated(rule, scalars, sums[i], old[i], bits[i], lists[1][reads[i]], kept.weights.dtype)
-            valid = (program * width + i < unique) & (slots[i] < count) & accept[0]
-            pl.when(valid)(lambda i=i, new=new: _store_kept(kept, places[i], new))
+
+            @pl.when((program * width + i < unique) & (slots[i] < count) & accept[0])
+            def _(place=places[i], new=new):
+                _store_kept(kept, place, new)
 
     refs = jax.tree.map(jax.new_ref, kept)
     coefficients = jnp.stack([jnp.asarray(value, jnp.float32) for value in (1, *rule.coefficients)])
@@ -283,24 +286,22 @@ class Lists(NamedTuple):
 
 
 def _bag_lists(bags: Sequence[Bags]) -> Lists:
-    begins, lengths, owners, first, start, longest = [], [], [], 0, 0, 0
-    count = sum(feature.count for feature in bags)
+    begins, lengths, owners = ([jnp.zeros(0, jnp.int32)] for _ in range(3))
+    first = start = longest = 0
     for feature in bags:
-        if feature.owners is None:
+        owner: Array
+        if feature.owners is None or feature.offsets is None:
             each = feature.lookups // max(feature.count, 1)
-            begins.append(start + each * np.arange(feature.count, dtype=np.int32))
-            lengths.append(np.full(feature.count, each, np.int32))
-            owner = first + np.arange(feature.lookups, dtype=np.int32) // max(each, 1)
+            offsets = each * jnp.arange(feature.count + 1, dtype=jnp.int32)
+            owner = jnp.arange(feature.lookups, dtype=jnp.int32) // max(each, 1)
         else:
-            begins.append(start + feature.offsets[:-1])
-            lengths.append(feature.offsets[1:] - feature.offsets[:-1])
-            owner = jnp.where(feature.owners < feature.count, first + feature.owners, count)
-            each = feature.lookups
-        owners.append(owner[-start % BLOCK :: BLOCK])
+            each, offsets, owner = feature.lookups, feature.offsets, feature.owners
+        begins.append(start + offsets[:-1])
+        lengths.append(offsets[1:] - offsets[:-1])
+        none = sum(feature.count for feature in bags)
+        owners.append(jnp.where(owner < feature.count, first + owner, none)[-start % BLOCK :: BLOCK])
         first, start, longest = first + feature.count, start + feature.lookups, max(longest, each)
-    if not count:
-        return Lists(*(jnp.zeros(0, jnp.int32),) * 3, 0)
-    return Lists(*map(jnp.concatenate, (begins, lengths, owners)), longest)
+    return Lists(jnp.concatenate(begins), jnp.concatenate(lengths), jnp.concatenate(owners), longest)
 
 
 def _occurrence_lists(gradients: Gradients) -> Lists:
@@ -323,7 +324,10 @@ def _sum(terms: Terms, lists: Lists, accept: Array | bool) -> Array:
         sums = _sum_lists(terms, refs, levels, ranges)
         for i, (read, row) in enumerate(zip(reads, sums, strict=True)):
             row = _where(accept[0], row, jnp.nan)
-            pl.when(program * width + i < count)(lambda read=read, row=row: _store(out, read, row))
+
+            @pl.when(program * width + i < count)
+            def _(read=read, row=row):
+                _store(out, read, row)
 
     out = jax.ShapeDtypeStruct((count, terms.dim), jnp.float32)
     return _launch("sum", body, pl.cdiv(count, width), (_flag(accept), lists[:2], terms.operands, levels), out)
@@ -404,16 +408,17 @@ def _sum_lists(terms: Terms, refs: Any, levels: Sequence[Any], ranges: list[tupl
     if not levels:
         return sums
     # Most lists have no blocks, and end here at once; those that have some have many.
-    return [_add(row, _sum_level(levels, *list_, terms.dim)) for row, list_ in zip(sums, blocks, strict=True)]
+    return [_add(row, _sum_level(levels, list_, terms.dim)) for row, list_ in zip(sums, blocks, strict=True)]
 
 
-def _sum_level(levels: Sequence[Any], begin: Any, length: Any, dim: int) -> Row:
-    """The sum of a list of block sums."""
+def _sum_level(levels: Sequence[Any], list_: tuple[Any, Any], dim: int) -> Row:
+    """The sum of a list (begin, length) of block sums."""
     here, *above = levels
-    first, count = _blocks(begin, length) if above else (0, 0)
-    ranges = [(begin + BLOCK * count, length - BLOCK * count)]
+    begin, length = list_
+    blocks = _blocks(begin, length) if above else (0, 0)
+    ranges = [(begin + BLOCK * blocks[1], length - BLOCK * blocks[1])]
     (row,) = _in_order(lambda place: _load(here, place), ranges, dim, _in_flight(dim))
-    return _add(row, _sum_level(above, first, count, dim)) if above else row
+    return _add(row, _sum_level(above, blocks, dim)) if above else row
 
 
 def _in_order(load: Callable[[Any], Row], ranges: list[tuple[Any, Any]], dim: int, ahead: int) -> list[Row]:
@@ -479,14 +484,9 @@ def _wide(a: Array) -> Array:
 
 def _load_kept(kept: Slots, place: Any, rule: Rule) -> Slots:
     """What is kept in a slot: rows, but for the one number that rowwise_adagrad keeps."""
-    rows = kept.state
-    scalars: tuple[Any, ...] = ()
-    if rule.name == "rowwise_adagrad":
-        *rows, scalar = kept.state
-        scalars = (scalar[place, 0],)
-    return Slots(
-        _load(kept.weights, place), (*(_load(leaf, place) for leaf in rows), *scalars), kept.counts[place], None
-    )
+    scalars = (len(kept.state) - 1,) if rule.name == "rowwise_adagrad" else ()
+    state = tuple(leaf[place, 0] if i in scalars else _load(leaf, place) for i, leaf in enumerate(kept.state))
+    return Slots(_load(kept.weights, place), state, kept.counts[place], None)
 
 
 def _store_kept(kept: Slots, place: Any, new: Slots) -> None:
@@ -505,10 +505,10 @@ def _updated(
 ) -> Slots:
     """What is kept in a slot after the update, the weights in their dtype."""
     if rule.master_copy:
-        weights, state = _apply(rule.name, scalars, summed, old.state[0], old.state[1:])
+        weights, state = _apply(str(rule.name), scalars, summed, old.state[0], old.state[1:])
         state = (weights, *state)
     else:
-        weights, state = _apply(rule.name, scalars, summed, old.weights, old.state)
+        weights, state = _apply(str(rule.name), scalars, summed, old.weights, old.state)
     if words is None or rule.master_copy:
         rounded = tuple(piece.astype(dtype) for piece in weights)
     else:

@@ -262,6 +262,28 @@ def test_a_rule_without_a_name_is_applied_by_its_definition():
     equal(found, jax.jit(lambda *a: xla.update(*a, Rule(halve), True))(*arguments))
 
 
+def test_padding_in_all_places():
+    """Padding before a real slot; lookups of it and of none, one beyond the last and far beyond."""
+    table = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+    slots, inverse = np.array([3, 1, 99, 3, 2], np.int32), np.array([4, 0, 1, 2, 5, 77, 1], np.int32)
+    expected = table[[2, 0, 1, 0, 0, 0, 1]] * (np.array([1, 0, 1, 0, 0, 0, 1], np.float32)[:, None])
+    equal(interpreted(mosaic.gather, table, slots, inverse, True), expected)
+    order = np.argsort(inverse, kind="stable").astype(np.int32)
+    starts = np.searchsorted(inverse[order], np.arange(6)).astype(np.int32)
+    gradients = Gradients(np.ones((7, 4), np.float32), None, None, inverse, order, starts)
+    kept = Slots(table, (table,), np.zeros(3, np.int32), np.zeros(3, bool))
+
+    def update(kept):
+        rule = Rule(None, "momentum", (jnp.float32(0.5), jnp.float32(-1)))
+        return mosaic.update(kept, slots, gradients, rule, True)
+
+    momentum = table.copy()
+    momentum[1:] = 0.5 * momentum[1:] + np.float32([[2], [1]])
+    weights = table - np.float32([[0], [1], [1]]) * momentum
+    expected = Slots(weights, (momentum,), np.array([0, 2, 1], np.int32), np.array([False, True, True]))
+    equal(interpreted(update, kept), expected)
+
+
 def test_nothing_to_look_up():
     table, none = np.ones((3, 5), np.float32), np.zeros(0, np.int32)
     slots, far = np.array([2, 0], np.int32), np.array([7, 0], np.int32)
