@@ -411,7 +411,28 @@ def test_every_case_lowers(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_dims_lower(dtype):
-    for dim in [*range(1, 130), 160, 192, 200, 255, 256, 257, 300, 511, 512, 513, 640, 700, 768, 900, 1023, 1024]:
+    for dim in [
+        *range(1, 36),
+        63,
+        64,
+        65,
+        96,
+        127,
+        129,
+        192,
+        200,
+        256,
+        257,
+        300,
+        511,
+        512,
+        513,
+        640,
+        700,
+        900,
+        1023,
+        1024,
+    ]:
         case = Case(f"dim {dim}", dim=dim, dtype=dtype)
         function, arguments = next(operations(case, jax.ShapeDtypeStruct))
         lowered(function, *arguments)
@@ -518,6 +539,18 @@ def test_update_compiles_in_place(case, compiled):
     steps = re.findall(r"^\s+(?:@!?%p\d+ )?((?:ld|st)(?:\.global)?|bar)\.(?!param|shared)", update, re.MULTILINE)
     steps = [step[:2] for step in steps]
     assert steps.count("st") >= 3 and ("ld", "st") not in itertools.pairwise(steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [100, 255, 1023])
+def test_nothing_spills(dim, compiled):
+    """The update of the widths above does not; here the others."""
+    case = Case("large", dim=dim, dtype="float16", bags=(Equal(100, 5), (9, 10_000)), weighted=True)
+    for operation in (0, 1):
+        _, _, reports = compiled(case, operation)
+        assert reports and all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
+    _, _, reports = compiled(dataclasses.replace(case, bags=()), 0)
+    assert all("0 bytes spill stores, 0 bytes spill loads" in report for report in reports)
 
 
 @pytest.mark.slow
