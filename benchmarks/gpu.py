@@ -60,12 +60,12 @@ class Section:
 SECTIONS = {
     "device": Section("checks.device", 15),
     "correctness": Section("checks.correctness", 30, shares_device=True),
-    "twins": Section("checks.twins", 60, shares_device=True),
+    "twins": Section("checks.twins", 80, shares_device=True),
     "operations": Section("operations.operations", 110, 20),
-    "pipeline": Section("pipeline.pipeline", 110, 20),
+    "pipeline": Section("pipeline.pipeline", 120, 20),
     "policies": Section("policies.policies", 130, 20),
     "on-demand": Section("pipeline.on_demand", 5, 3),
-    "peers": Section("peers.peers", 40, 15, shares_device=True),
+    "peers": Section("peers.peers", 50, 15, shares_device=True),
 }
 
 
@@ -107,7 +107,11 @@ def start(part: Part, options: argparse.Namespace, until: float, folder: Path, s
     command += ["--until", str(until), "--json", str(out), "--backends", ",".join(options.backends)]
     command += ["--tiny"] * options.tiny + (["--profile", str(options.profile)] if options.profile else [])
     environment = dict(os.environ)
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {part.flags}".strip()
+    if part.flags:
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {part.flags}".strip()
+    platforms = environment.get("JAX_PLATFORMS")
+    if platforms and "cpu" not in platforms:
+        environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # which computes what is expected
     if SECTIONS[part.section].shares_device:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     root = str(Path(__file__).resolve().parents[1])

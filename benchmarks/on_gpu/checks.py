@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +66,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {  # with th
     "adam": lambda: optax.adam(0.05, eps=1e-7),
 }
 YES = np.array(True)
+_LOWERING = threading.Lock()  # programs are made one at a time, and compiled side by side
 
 # Bounds, as a share of the larger of the value before and after, and for float32 absolute as well.
 NEAR = 4e-6  # another order of the same arithmetic on equal sums: contracted products, roots and quotients
@@ -148,12 +150,14 @@ def _check_case(case: Case, backend: str, run: Run) -> dict[str, str]:
     arguments = (problem.kept, problem.slots, problem.inverse, problem.weights, problem.gradients, problem.incoming)
     xla, found = partial(_operation, problem=problem, rule=rule, choice=kernels.XLA), {}
     sizes = None
+    device, cpu = jax.devices()[0], jax.local_devices(backend="cpu")[0]
     for operation in operations:
-        device, cpu = jax.devices()[0], jax.local_devices(backend="cpu")[0]
         try:
-            choice = choice_of(backend, operation)
+            choice, given = choice_of(backend, operation), jax.device_put((*arguments, YES), device)
             call = jax.jit(partial(_operation, operation, problem=problem, rule=rule, choice=choice))
-            result = jax.tree.map(np.asarray, call(*jax.device_put((*arguments, YES), device)))
+            with _LOWERING:
+                program = call.lower(*given)
+            result = jax.tree.map(np.asarray, program.compile()(*given))
         except NotImplementedError as error:
             found[operation] = f"refused: {error}"
             continue
@@ -234,8 +238,8 @@ ROWS = {"user": 3000, "item": 2000, "word": 1500, "brand": 300}
 SAMPLES = 64
 
 
-def _tables() -> dict[str, jc.Table]:
-    return {
+def _tables(names: Sequence[str]) -> dict[str, jc.Table]:
+    every = {
         "user": jc.Table(ROWS["user"], 16, optimizer=optax.adam(0.01)),
         "item": jc.Table(
             ROWS["item"], 24, dtype=jnp.bfloat16, rounding="stochastic", optimizer=jc.rowwise_adagrad(0.05)
@@ -243,48 +247,54 @@ def _tables() -> dict[str, jc.Table]:
         "word": jc.Table(ROWS["word"], 8, dtype=jnp.float16, master_copy=True, optimizer=optax.adam(0.01)),
         "brand": jc.Table(ROWS["brand"], 16, optimizer=jc.rowwise_adagrad(0.05)),
     }
+    return {name: every[name] for name in names}
 
 
 FEATURES = {
     "user": jc.Feature("user"),
-    "items": jc.Feature("item", "mean", padding=-1),
     "words": jc.Feature("word", "sum"),
     "title": jc.Feature("word"),
+    "items": jc.Feature("item", "mean", padding=-1),
+    "query": jc.Feature("word", "mean"),
     "brand": jc.Feature("brand", "mean"),
 }
 
 
-def _twin_batches(steps: int) -> list[dict[str, Any]]:
+def _twin_batches(features: Sequence[str], steps: int) -> list[dict[str, Any]]:
     """Some rows popular, ragged bags, weights, padding, and a short batch at the end."""
     random = np.random.default_rng(zlib.crc32(b"twins"))
 
     def ids(table, shape):
-        return (
-            np.where(random.random(shape) < 0.5, random.zipf(1.3, shape), random.integers(0, 2**31, shape))
-            % ROWS[table]
-        )
+        popular, others = random.zipf(1.3, shape), random.integers(0, 2**31, shape)
+        return np.where(random.random(shape) < 0.5, popular, others) % ROWS[table]
+
+    def ragged(table, samples):
+        offsets = np.concatenate([[0], np.cumsum(random.integers(0, 90, samples))])
+        return jc.Bags(ids(table, offsets[-1]), offsets, random.uniform(0.5, 2, offsets[-1]).astype(np.float32))
 
     batches = []
     for step in range(steps):
         samples = SAMPLES if step < steps - 1 else 11
-        items, lengths = ids("item", (samples, 5)), random.integers(0, 90, samples)
+        items = ids("item", (samples, 5))
         items[random.random(items.shape) < 0.2] = -1
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        words = jc.Bags(ids("word", offsets[-1]), offsets, random.uniform(0.5, 2, offsets[-1]).astype(np.float32))
-        found = {"user": ids("user", samples), "items": items, "words": words, "title": ids("word", samples)}
+        found = {"user": ids("user", samples), "items": items, "title": ids("word", samples)}
+        found |= {"words": ragged("word", samples), "query": ragged("word", samples)}
         found["brand"] = ids("brand", (samples, 70))
-        batches.append({"ids": found, "label": random.normal(size=samples).astype(np.float32)})
+        label = random.normal(size=samples).astype(np.float32)
+        batches.append({"ids": {name: found[name] for name in features}, "label": label})
     return batches
 
 
-def _train_twin(batches: list[dict[str, Any]], slots: Any, backends: str | None) -> tuple[list[Any], jc.Report]:
+def _train_twin(
+    features: dict[str, jc.Feature], batches: list[dict[str, Any]], slots: Any, backends: str | None
+) -> tuple[list[Any], jc.Report]:
     """Losses, and every row with its state after the last flush."""
-    store = jc.HostStore(_tables(), seed=1)
-    width = sum(store.tables[feature.table].dim for feature in FEATURES.values())
+    store = jc.HostStore(_tables(sorted({feature.table for feature in features.values()})), seed=1)
+    width = sum(store.tables[feature.table].dim for feature in features.values())
     dense = jnp.asarray(np.random.default_rng(2).normal(size=(width, 32)).astype(np.float32) / 8)
 
     def loss_of(dense, rows, label, mask):
-        hidden = jnp.tanh(jnp.concatenate([rows[name] for name in FEATURES], axis=1) @ dense)
+        hidden = jnp.tanh(jnp.concatenate([rows[name] for name in features], axis=1) @ dense)
         return jnp.sum(jnp.where(mask, (hidden.sum(axis=1) - label) ** 2, 0)) / mask.sum()
 
     @partial(jax.jit, donate_argnums=(0, 2))
@@ -295,7 +305,7 @@ def _train_twin(batches: list[dict[str, Any]], slots: Any, backends: str | None)
 
     losses = []
     with jc.LookAhead(
-        store, batches, lambda batch: batch["ids"], slots, window=3, features=FEATURES, backends=backends
+        store, batches, lambda batch: batch["ids"], slots, window=3, features=features, backends=backends
     ) as ahead:
         cache = ahead.start()
         for batch, plan in ahead:
@@ -304,11 +314,10 @@ def _train_twin(batches: list[dict[str, Any]], slots: Any, backends: str | None)
             losses.append(loss)
         cache = ahead.flush(cache)
     jc.check(cache, store)
-    rows = [
-        leaf
-        for name, r in ROWS.items()
-        for leaf in (store.rows(name, np.arange(r)), *store.row_state(name, np.arange(r)))
-    ]
+    rows = []
+    for name, table in store.tables.items():
+        every = np.arange(table.rows)
+        rows += [store.rows(name, every), *store.row_state(name, every)]
     return [np.asarray(losses), np.asarray(dense), *rows], ahead.report()
 
 
@@ -316,17 +325,17 @@ def twins(run: Run) -> None:
     """The same training with few slots and with all rows on the device, compared bit for bit."""
     backends, flag = TWINS[run.variant]
     steps = 8 if run.tiny else 40
-    batches = _twin_batches(steps)
-
-    def most(table, *names):
-        ids = [[getattr(batch["ids"][name], "ids", batch["ids"][name]).ravel() for name in names] for batch in batches]
-        return max(len(np.unique(np.concatenate(parts)[np.concatenate(parts) >= 0])) for parts in ids)
-
-    slots = {"user": most("user", "user"), "item": most("item", "items"), "word": most("word", "words", "title")}
-    slots["brand"] = most("brand", "brand")
+    features = {name: FEATURES[name] for name in (("user", "words", "title") if run.tiny else FEATURES)}
+    batches = _twin_batches(tuple(features), steps)
+    slots = dict.fromkeys((feature.table for feature in features.values()), 0)
+    for batch in batches:
+        for table in slots:  # as few as hold the unique rows of any one batch
+            ids = [given for name, given in batch["ids"].items() if features[name].table == table]
+            keys = np.concatenate([np.ravel(getattr(given, "ids", given)) for given in ids])
+            slots[table] = max(slots[table], len(np.unique(keys[keys >= 0])))
     began = time.time()
-    few, report = _train_twin(batches, slots, backends)
-    every, _ = _train_twin(batches, "100%", backends)
+    few, report = _train_twin(features, batches, slots, backends)
+    every, _ = _train_twin(features, batches, "100%", backends)
     different = [place for place, (one, other) in enumerate(zip(few, every, strict=True)) if not _same_bits(one, other)]
     sums = kernels.choose(backends)
     if not report.rows_written_back or not np.isfinite(few[0]).all():
@@ -337,7 +346,7 @@ def twins(run: Run) -> None:
     promised = _promises_bits(sums, flag)
     print(
         f"{run.variant}: backends {tuple(sums)}, XLA_FLAGS {os.environ.get('XLA_FLAGS', '')!r}; {steps} steps, "
-        f"{len(ROWS)} tables, slots {sum(slots.values()):,} of {sum(ROWS.values()):,} rows, "
+        f"{len(slots)} tables, slots {sum(slots.values()):,} of {sum(ROWS[name] for name in slots):,} rows, "
         f"{report.rows_written_back:,} rows evicted: {what} ({'promised' if promised else 'not promised'}), "
         f"{time.time() - began:.0f} s"
     )

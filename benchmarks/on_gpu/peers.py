@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from on_gpu.run import Run, print_table, spread
-from on_gpu.training import Cached, Contender, OnDevice, Workload, roomy, unique_rows
+from on_gpu.training import Cached, Contender, OnDevice, Workload, bound_of, first_steps
 
 WORKLOADS = (
     Workload("peers", 8, 1_000_000, 32, 2048, 4, 1.05),
@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adam": lambda: optax.adam(0.05),  # SparseAdam: lazy, as it is here
 }
 STEPS = 120
+THEIRS = "PyTorch, all on the device"
 SHARE = 0.05  # slots
 
 
@@ -49,35 +50,33 @@ def peers(run: Run) -> None:
 def _workload(run: Run, workload: Workload, limit: float) -> None:
     batches = workload.batches(STEPS)
     theirs = _pytorch(run, workload, batches, limit / 3)
+    until, share = time.time() + limit / 2, 0.2 if run.tiny else SHARE
+    bound, slots = bound_of(workload, batches), int(workload.all_rows * share)
+    ours: dict[tuple[str, str], Contender] = {}
     rows = []
-    until = time.time() + limit / 2
-    for place, (name, optimizer) in enumerate(OPTIMIZERS.items()):
-        bound = roomy(max(len(unique_rows(batch, workload.rows)) for batch in batches[::10]) * 21 // 20)
-        share = 0.2 if run.tiny else SHARE
-        slots = int(workload.all_rows * share)
-        stop = time.time() + (until - time.time()) / (len(OPTIMIZERS) - place)
-        makers = {
-            "jaxcache, all on the device": lambda o=optimizer, b=bound: OnDevice(
-                "on the device", workload, "embedding", o(), batches, b
-            ),
-            f"jaxcache, {share:.0%} of the rows": lambda o=optimizer, s=slots: Cached(
-                "cached", workload, "embedding", workload.store(o()), batches, s
-            ),
-        }
-        found = {} if name not in theirs else {"PyTorch, all on the device": theirs[name]["ms"]}
-        for number, (label, make) in enumerate(makers.items()):
-            contender: Contender = make()
-            try:
-                contender.run(10)
-                once = contender.run(10) / 10
-                turn = max(2, min(20, int((stop - time.time()) / (len(makers) - number) / 4 / once)))
-                found[label] = 1e3 * spread([contender.run(turn) / turn for _ in range(3)])[1]
-            finally:
-                contender.close()
-        reference: Any = found.get("PyTorch, all on the device")
-        for label, ms in found.items():
+    try:
+        for name, optimizer in OPTIMIZERS.items():
+            store = workload.store(optimizer())
+            ours[name, "jaxcache, all on the device"] = OnDevice(
+                "on the device", workload, "embedding", optimizer(), batches, bound
+            )
+            ours[name, f"jaxcache, {share:.0%} of the rows"] = Cached(
+                "cached", workload, "embedding", store, batches, slots
+            )
+        first_steps(list(ours.values()))
+        found = {(name, THEIRS): theirs[name]["ms"] for name in OPTIMIZERS if name in theirs}
+        for place, (key, contender) in enumerate(ours.items()):
+            contender.run(10)
+            once = contender.run(10) / 10
+            turn = max(2, min(20, int((until - time.time()) / (len(ours) - place) / 4 / once)))
+            found[key] = 1e3 * spread([contender.run(turn) / turn for _ in range(3)])[1]
+        for (name, label), ms in sorted(found.items()):
+            reference = found.get((name, THEIRS))
             rows.append([f"{name}: {label}", f"{ms:.2f}", f"{ms / reference:.2f}" if reference else ""])
             run.record(workload=str(workload), optimizer=name, contender=label, ms=ms)
+    finally:
+        for contender in ours.values():
+            contender.close()
     print(f"\n{workload}; the sums of bags and their mean square alone")
     print_table(["", "ms a step", "x PyTorch"], rows)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -47,9 +49,9 @@ def policies(run: Run) -> None:
     if shrunk:
         run.skip(shrunk)
     print(
-        f"{PUBLISHED}. Every cache but no_cache starts with the hottest rows by the law; then steps warm it, until as many "
-        f"rows as slots were evicted or half of a cell's time is over. A cell has {MOST_STEPS} steps at most. All rows "
-        "that its batches look up are in the store before. Model: the sums of bags and their mean square alone."
+        f"{PUBLISHED}. Every cache but no_cache starts with the hottest rows by the law; then steps warm it, until as "
+        f"many rows as slots were evicted or half of a cell's time is over. A cell has {MOST_STEPS} steps at most. All "
+        "rows that its batches look up are in the store before. Model: the sums of bags and their mean square alone."
     )
     cells = len(LOCALITIES) * (4 * len(shares) + 2)
     speedups: dict[str, list[float]] = {}
@@ -77,7 +79,8 @@ def _locality(
     workload = replace(base, name=f"{base.name}, locality {locality}", exponent=exponent_for(share, base.rows))
     began = time.time()
     batches = workload.batches(MOST_STEPS + DRAWN_AHEAD + 16)
-    keys = [unique_rows(batch, workload.rows) for batch in batches[:MOST_STEPS]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        keys = list(pool.map(lambda batch: unique_rows(batch, workload.rows), batches[:MOST_STEPS]))
     found = np.concatenate([_ranks(workload, batch) for batch in batches[:3]])
     hot = float(np.mean(found < 0.02 * workload.rows))
     print(f"\n{workload}; of those drawn {hot:.1%}; {np.mean(list(map(len, keys))):,.0f} unique rows a step")
@@ -104,15 +107,15 @@ def _locality(
         makers += [(label, name, lambda name=name, cached=cached: cached(name)) for name in names]
     for place, (label, name, make) in enumerate(makers):
         left = until - time.time()
-        if left < (4 if not run.tiny else 0.2):
+        least = 8 if not run.tiny else 0.2
+        if left < least:
             run.skip(f"policies: {locality}, {label} {name} and {len(makers) - place - 1} cells behind it: no time")
             break
-        figures = _cell(run, make, steps, time.time() + max(left / (len(makers) - place), 4))
+        figures = _cell(run, make, steps, time.time() + max(left / (len(makers) - place), least))
         if figures is not None:
             tables.setdefault(label, {})[name] = figures
             run.record(locality=locality, exponent=workload.exponent, slots=label, policy=name, **figures)
     _print(run, locality, tables, speedups)
-    del batches, store
     gc.collect()
 
 
@@ -151,11 +154,12 @@ def _store(
 
 def _cell(run: Run, make: Callable[[], Contender], steps: int, until: float) -> dict[str, Any] | None:
     """Warms a contender up and times it."""
-    began, contender = time.time(), None
+    made, contender = time.time(), None
     try:
         contender = make()
         contender.run(1)  # compiles
-        taken, spent = 1, 1.0
+        taken, spent, began = 1, 1.0, time.time()
+        until = max(until, began + 0.5 * (until - made))
         while taken + 6 <= steps and not _is_warm(contender) and time.time() < began + 0.5 * (until - began):
             spent = contender.run(2) / 2
             taken += 2
@@ -214,6 +218,5 @@ def fitted(workload: Workload) -> tuple[Workload, str]:
     if limit is None or needed < limit:
         return workload, ""
     rows = int(workload.rows * limit / needed) // 10_000 * 10_000
-    return replace(
-        workload, rows=rows
-    ), f"{rows:,} rows a table instead of {workload.rows:,}, for which memory is short"
+    why = f"{rows:,} rows a table instead of {workload.rows:,}: all of them must fit the device for one contender"
+    return replace(workload, rows=rows), why

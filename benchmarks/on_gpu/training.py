@@ -56,8 +56,8 @@ class Workload:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.tables} tables x {self.rows:,} rows x dim {self.dim}, batch {self.batch:,}, {self.ids} "
-            f"ids a table and sample, power law {self.exponent:.3f}: the hottest 2 % of the rows have "
+            f"{self.name}: {self.tables} tables x {self.rows:,} rows x dim {self.dim}, batch {self.batch:,}, "
+            f"{self.ids} ids a table and sample, power law {self.exponent:.3f}: the hottest 2 % of the rows have "
             f"{share_of_hottest(self.exponent, self.rows):.1%} of the lookups"
         )
 
@@ -144,6 +144,17 @@ def unique_rows(batch: Batch, rows: int) -> np.ndarray:
     return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]  # np.unique takes several times as long
 
 
+def bound_of(workload: Workload, batches: Sequence[Batch]) -> int:
+    """A bound on the unique rows of a batch, from some of them."""
+    return roomy(max(len(unique_rows(batch, workload.rows)) for batch in batches[:: max(1, len(batches) // 40)]))
+
+
+def first_steps(contenders: Sequence[Contender]) -> None:
+    """Their first steps, side by side, for what these compile."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda contender: contender.run(1), contenders))
+
+
 def roomy(number: int) -> int:
     """A bound an eighth above a number."""
     return -(-(number + number // 8) // 128) * 128
@@ -221,7 +232,10 @@ class Contender:
         """Makes so many steps; seconds until the last one's loss is there. The loss is not waited for in between."""
         start = time.perf_counter()
         for _ in range(steps):
-            self.step()
+            try:
+                self.step()
+            except StopIteration:
+                raise RuntimeError(f"{self.name}: the batches ended after {len(self.losses)}") from None
         jax.block_until_ready(self.losses[-1])
         return time.perf_counter() - start
 
