@@ -142,9 +142,8 @@ def _check_losses(run: Run, contenders: Sequence[Contender]) -> None:
     losses = {c.name: np.array([float(loss) for loss in c.losses[:CHECKED]]) for c in contenders}
     expected = losses.pop(ON_DEVICE)
     off = {name: float(np.max(np.abs(found / expected - 1))) for name, found in losses.items()}
-    print(
-        f"losses of {CHECKED} steps differ from those of {ON_DEVICE} by " + ", ".join(f"{o:.1g}" for o in off.values())
-    )
+    each = ", ".join(f"{value:.1g}" for value in off.values())
+    print(f"losses of {CHECKED} steps differ from those of {ON_DEVICE} by {each}")
     if not all(o < 1e-3 for o in off.values()):
         run.fail(f"losses of cached and {ON_DEVICE} differ: {off}")
 
