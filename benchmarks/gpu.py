@@ -59,9 +59,9 @@ class Section:
 
 SECTIONS = {
     "device": Section("checks.device", 15, 0),
-    "correctness": Section("checks.correctness", 30, shares_device=True),
+    "correctness": Section("checks.correctness", 60, shares_device=True),
     "twins": Section("checks.twins", 80, shares_device=True),
-    "operations": Section("operations.operations", 110, 20),
+    "operations": Section("operations.operations", 140, 20),
     "pipeline": Section("pipeline.pipeline", 120, 20),
     "policies": Section("policies.policies", 130, 20),
     "on-demand": Section("pipeline.on_demand", 5, 3),

@@ -78,12 +78,18 @@ def _few(case: Case) -> dict[str, Any]:
 def _copy_rate(run: Run) -> float:
     """Bytes a second, reading and writing, of the faster of two plain copies of a few GB."""
     array = jnp.ones((1 << (16 if on_cpu() else 29),), jnp.float32)
-    rates = {}
-    for name, copy in (("copy", jnp.copy), ("negative", jnp.negative)):
-        program = jax.jit(copy)
-        seconds(program, array)
-        times = [seconds(program, array) for _ in range(ROUNDS)]
-        rates[name] = 2 * array.nbytes / spread(times)[1]
+    program, times = jax.jit(jnp.copy), []
+    for _ in range(ROUNDS + 1):
+        times.append(seconds(program, array))
+    rates = {"one copy": 2 * array.nbytes / spread(times[1:])[1]}
+    # In a loop, and so without the time that it takes to start a program.
+    program = jax.jit(lambda x: jax.lax.fori_loop(0, TURNS, lambda _, x: -x, x), donate_argnums=0)
+    times = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        array = jax.block_until_ready(program(array))
+        times.append(time.perf_counter() - start)
+    rates["negatives in a loop"] = 2 * array.nbytes * TURNS / spread(times[1:])[1]
     print(
         f"a plain copy of {array.nbytes / 1e9:.1f} GB: "
         + ", ".join(f"{n} {r / 1e9:,.0f} GB/s" for n, r in rates.items())
@@ -96,17 +102,17 @@ def _measure_case(run: Run, case: Case, copy: float, won: dict[str, dict[str, li
     problem, sets = _inputs(case)
     unique = int((problem.slots < case.slots).sum())
     rows = []
-    for operation, moved in _bytes(case, problem, unique).items():
-        carry = partial(_carry, operation, case, problem)
-        timed = _compiled(run, case, operation, problem, carry, sets)
-        if not timed:
-            continue
-        _time(run, timed, carry, sets)
+    moves = _bytes(case, problem, unique)
+    carries = {operation: partial(_carry, operation, case, problem) for operation in moves}
+    programs = _compiled(run, case, problem, carries, sets)
+    for operation, moved in moves.items():
+        timed = programs[operation]
+        _time(run, timed, carries[operation], sets)
         medians = {one.name: spread(one.times)[1] for one in timed if one.times}
         if not medians:
             continue
         best = min(medians.values())
-        rivals = [time for name, time in medians.items() if name in (PLAIN, "xla")]
+        rivals = [median for name, median in medians.items() if name in (PLAIN, "xla")]
         for one in timed:
             if not one.times:
                 continue
@@ -272,14 +278,13 @@ def _loop(step: Callable[[Any, Inputs], Any], turns: int) -> Any:
 
 
 def _compiled(
-    run: Run, case: Case, operation: str, problem: Problem, carry: Callable, sets: list[Inputs]
-) -> list[Timed]:
-    """The contenders whose programs could be made; they are compiled side by side."""
+    run: Run, case: Case, problem: Problem, carries: dict[str, Callable], sets: list[Inputs]
+) -> dict[str, list[Timed]]:
+    """By operation the contenders whose programs could be made. All programs of a case are compiled side by side."""
     rules, turns = rules_of(case), 2 if run.tiny else TURNS
-    shapes = jax.eval_shape(lambda: (carry(), sets))
-    lowered: dict[str, Any] = {}
+    usable = [name for name in run.backends if kernels.obstacle(name, jax.devices()[0]) is None]
 
-    def attempt(name: str, make: Callable[[], Any]) -> Any:
+    def attempt(operation: str, name: str, make: Callable[[], Any]) -> Any:
         try:
             return make()
         except NotImplementedError as error:
@@ -288,15 +293,23 @@ def _compiled(
         except Exception as error:
             run.fail(f"{case.name}, {operation}: {name}: {type(error).__name__}: {error}")
 
-    usable = [name for name in run.backends if kernels.obstacle(name, jax.devices()[0]) is None]
-    for name in (PLAIN, *usable):
-        lowered[name] = attempt(
-            name, lambda name=name: _loop(_step(operation, name, problem, rules), turns).lower(*shapes)
-        )
+    def lower(operation: str, name: str) -> Any:
+        shapes = jax.eval_shape(lambda: (carries[operation](), sets))
+        return _loop(_step(operation, name, problem, rules), turns).lower(*shapes)
+
+    found: dict[str, list[Timed]] = {operation: [] for operation in carries}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = {name: pool.submit(program.compile) for name, program in lowered.items() if program is not None}
-        compiled = {name: attempt(name, program.result) for name, program in compiling.items()}
-    return [Timed(name, program) for name, program in compiled.items() if program is not None]
+        compiling = {}
+        for operation in carries:
+            for name in (PLAIN, *usable):
+                lowered = attempt(operation, name, partial(lower, operation, name))
+                if lowered is not None:
+                    compiling[operation, name] = pool.submit(lowered.compile)
+        for (operation, name), program in compiling.items():
+            compiled = attempt(operation, name, program.result)
+            if compiled is not None:
+                found[operation].append(Timed(name, compiled))
+    return found
 
 
 def _time(run: Run, timed: list[Timed], carry: Callable, sets: list[Inputs]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -54,7 +55,10 @@ def pipeline(run: Run) -> None:
         if seconds < (12 if not run.tiny else 1):
             run.skip(f"pipeline: {workload.name}, {model}: no time")
             continue
-        _compare(run, workload, model, steps, time.time() + seconds, last=number == len(workloads) - 1)
+        try:
+            _compare(run, workload, model, steps, time.time() + seconds, last=number == len(workloads) - 1)
+        except Exception:
+            run.fail(f"pipeline: {workload.name}, {model}, broke off\n{traceback.format_exc()}")
 
 
 def _check_unique(run: Run, workload: Workload) -> None:
@@ -106,8 +110,8 @@ def _take_turns(run: Run, contenders: Sequence[Contender], steps: int, until: fl
     Threads of a pipeline whose contender waits for its turn stop as soon as their queues are full; the first steps of a
     turn, which find full queues, are not timed.
     """
-    begun = time.time()
     first_steps(contenders)
+    begun = time.time()
     for contender in contenders:
         contender.run(CHECKED - 1)
     most, taken = steps // 4, {contender.name: CHECKED for contender in contenders}
@@ -211,7 +215,7 @@ def _overlap(run: Run, workload: Workload, contenders: Any, times: Any, reports:
         hidden = 1 - max(0.0, with_misses - free) / alone
         print(
             f"  {contender.name}: {number:,} rows a step take {1e3 * alone:.2f} ms there and back by themselves; the "
-            f"loop takes {1e3 * with_misses:.2f} ms with and {1e3 * free:.2f} ms without misses: {hidden:.0%} of the "
+            f"loop takes {1e3 * with_misses:.2f} ms with and {1e3 * free:.2f} ms without misses: {max(hidden, 0):.0%} of the "
             "transfers is hidden"
         )
         run.record(overlap=contender.name, transfers=alone, loop=with_misses, loop_without_misses=free, hidden=hidden)

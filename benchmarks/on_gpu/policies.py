@@ -161,7 +161,7 @@ def _cell(run: Run, make: Callable[[], Contender], steps: int, until: float) -> 
         contender.run(1)  # compiles
         taken, spent, began = 1, 1.0, time.time()
         until = max(until, began + 0.5 * (until - made))
-        while taken + 6 <= steps and not _is_warm(contender) and time.time() < began + 0.5 * (until - began):
+        while taken < 2 * steps // 3 and not _is_warm(contender) and time.time() < began + 0.5 * (until - began):
             spent = contender.run(2) / 2
             taken += 2
         before = contender.ahead.report() if isinstance(contender, Cached) else None
@@ -215,8 +215,10 @@ def _print(
 def fitted(workload: Workload) -> tuple[Workload, str]:
     """A workload with so many rows that all fit the device, for the contender that keeps them there."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # a CPU
+        limit = 0.3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = 1.1 * workload.all_rows * (4 * workload.dim + 4 + 17)
-    if limit is None or needed < limit:
+    if needed < limit:
         return workload, ""
     rows = int(workload.rows * limit / needed) // 10_000 * 10_000
     why = f"{rows:,} rows a table instead of {workload.rows:,}: all of them must fit the device for one contender"
