@@ -215,8 +215,8 @@ def _overlap(run: Run, workload: Workload, contenders: Any, times: Any, reports:
         hidden = 1 - max(0.0, with_misses - free) / alone
         print(
             f"  {contender.name}: {number:,} rows a step take {1e3 * alone:.2f} ms there and back by themselves; the "
-            f"loop takes {1e3 * with_misses:.2f} ms with and {1e3 * free:.2f} ms without misses: {max(hidden, 0):.0%} of the "
-            "transfers is hidden"
+            f"loop takes {1e3 * with_misses:.2f} ms with and {1e3 * free:.2f} ms without misses: {max(hidden, 0):.0%} "
+            "of the transfers is hidden"
         )
         run.record(overlap=contender.name, transfers=alone, loop=with_misses, loop_without_misses=free, hidden=hidden)
 
