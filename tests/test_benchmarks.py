@@ -91,3 +91,57 @@ def test_planning_is_timed_with_every_window_and_number_of_threads(tmp_path):
         # The same plans, whatever the number of threads.
         assert all(one[name] == two[name] for name in ("mean_window", "unique_rows", "rows_fetched"))
     assert records[0]["mean_window"] == 2 < records[2]["mean_window"]
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    """What `benchmarks/gpu.py` finds with sizes that only try it."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run("gpu.py", "--tiny", "--minutes", "4", "--json", str(folder / "gpu.json"), "--profile", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout and "broke off" not in done.stdout
+    assert list(folder.rglob("*.xplane.pb"))  # the profiler's trace
+    return done.stdout, json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_section_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_is_one(gpu_results):
+    printed, results = gpu_results
+    platform = results["sections"]["device"][0]["records"][0]["platform"]
+    assert platform != "cpu" or "THIS IS A CPU" in printed
+    measured = {name for name, parts in results["sections"].items() if all(part["records"] for part in parts)}
+    assert measured >= {"device", "correctness", "twins", "operations", "pipeline", "policies"}
+    # What could not be done is named, there and here.
+    for name in ("on-demand", "peers"):
+        assert all(part["records"] or part["skipped"] for part in results["sections"][name])
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_every_operation_with_plain_jax_beside_it(gpu_results):
+    printed, results = gpu_results
+    records = [record for record in results["sections"]["operations"][0]["records"] if "seconds" in record]
+    found = {(record["operation"], record["backend"]) for record in records}
+    assert found >= {(o, b) for o in ("gather", "pool", "update", "exchange") for b in ("plain JAX", "xla")}
+    for record in records:
+        assert 0 < record["quartiles"][0] <= record["seconds"] <= record["quartiles"][1]
+        assert record["unique_rows"] < record["lookups"] and record["bytes"] > 0
+    assert "For SPEEDS in kernels/__init__.py" in printed
+
+
+@pytest.mark.slow
+def test_the_policies_of_the_gpu_benchmark_move_what_they_should(gpu_results):
+    _, results = gpu_results
+    records = [record for record in results["sections"]["policies"][0]["records"] if "rows_fetched" in record]
+    for locality in ("none", "high"):
+        fetched = {r["policy"]: r["rows_fetched"] / r["unique_rows"] for r in records if r["locality"] == locality}
+        assert fetched["no_cache"] == 1
+        assert fetched["lookahead"] < fetched["scratchpipe"] < 1
+        assert fetched["static"] < 1
+    # Uniform lookups: a static cache of a fifth of the rows, less what passes through, hits a fifth of them.
+    assert fetched["lookahead"] < min(r["rows_fetched"] / r["unique_rows"] for r in records if r["locality"] == "none")
+
+
+def test_an_unknown_section_is_an_error_that_names_the_known_ones():
+    done = run("gpu.py", "--sections", "device,nonsense")
+    assert done.returncode == 2
+    assert "unknown: nonsense" in done.stderr and "policies" in done.stderr
