@@ -31,6 +31,7 @@ rowwise_adagrad is summed in an order that suits the tile, and adam multiplies (
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -350,16 +351,14 @@ def load() -> ModuleType:
 
     if jax_triton.__version_info__ < (0, 4):
         raise ImportError(f"jax-triton 0.4 or later is needed, this is {jax_triton.__version__}")
-    # JAX 0.12 gives one argument more to a rule of dead code elimination than jax-triton 0.4.1 takes.
-    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
-        primitive = jax_triton.triton_lib.triton_kernel_call_p
+    # JAX 0.12 gives one argument more to a rule of dead code elimination than that of jax-triton 0.4.1 takes.
+    if jax.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         rules: dict[Any, Any] = partial_eval.dce_rules
-        rules[primitive] = functools.partial(_eliminate, rules[primitive])
+        primitive = jax_triton.triton_lib.triton_kernel_call_p
+        rule = rules[primitive]
+        if len(inspect.signature(rule).parameters) == 2:
+            rules[primitive] = lambda used, _, equation: rule(used, equation)
     return jax_triton
-
-
-def _eliminate(rule: Any, used: list[bool], _: list[bool], equation: Any) -> Any:
-    return rule(used, equation)
 
 
 class _Tile(NamedTuple):

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import triton_interpreter  # noqa: E402
+from jaxcache import kernels  # noqa: E402
 from jaxcache.kernels import triton as backend  # noqa: E402
 from jaxcache.kernels.cases import CASES, Case, Equal, _bags, named  # noqa: E402
 from jaxcache.kernels.xla import FUSED, Gradients, Rule, Slots  # noqa: E402
@@ -297,6 +299,14 @@ def targets(text):
         escaped = re.sub(rb"\\([0-9A-F]{2})", lambda code: bytes([int(code[1], 16)]), call)
         found |= set(re.findall(rb"\.version (\S+)\s+\.target (\w+)", zlib.decompress(escaped)))
     return found
+
+
+def test_without_jax_triton_the_backend_is_not_chosen():
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    backend.load.cache_clear()
+    with mock.patch.dict(sys.modules, jax_triton=None), mock.patch.object(kernels, "_VERSION", (0, 0)):
+        assert "jax_triton" in kernels.obstacle("triton", gpu)
+        assert kernels.choose("exchange=xla", gpu).gather[0] != "triton"
 
 
 lowering = pytest.mark.skipif(obstacle() is not None, reason=obstacle() or "")
