@@ -199,11 +199,14 @@ def _bytes(case: Case, problem: Problem, unique: int) -> dict[str, int]:
 
 
 def _carry(operation: str, case: Case, problem: Problem) -> Any:
-    """What a loop carries: a result to be overwritten, or the buffers that are changed in place."""
-    if operation in ("gather", "pool"):
-        return jnp.zeros((sum(bags.count for bags in problem.bags) or case.total, case.dim), jnp.float32)
-    kept = _kept(case, case.slots)
-    return (kept, _kept(case, len(problem.slots))) if operation == "exchange" else kept
+    """What a loop carries: buffers that are changed in place, if there are any, and the results of each set."""
+    kept = _kept(case, case.slots) if operation in ("update", "exchange") else None
+    if operation == "update":
+        return kept, (None,) * SETS
+    if operation == "exchange":
+        return kept, tuple(_kept(case, len(problem.slots)) for _ in range(SETS))
+    results = sum(bags.count for bags in problem.bags) or case.total
+    return kept, tuple(jnp.zeros((results, case.dim), jnp.float32) for _ in range(SETS))
 
 
 def _step(operation: str, backend: str, problem: Problem, rules: Callable[[Any], Rule]) -> Callable[[Any, Inputs], Any]:
@@ -212,30 +215,30 @@ def _step(operation: str, backend: str, problem: Problem, rules: Callable[[Any],
         return partial(_PLAINLY[operation], problem=problem, rules=rules)
     choice = choice_of(backend, operation)
 
-    def step(carry: Any, given: Inputs) -> Any:
+    def step(kept: Any, given: Inputs) -> Any:
         if operation == "gather":
-            return kernels.gather(given.table, given.slots, given.inverse, given.accept, choice=choice)
+            return kept, kernels.gather(given.table, given.slots, given.inverse, given.accept, choice=choice)
         if operation == "pool":
             bags = problem.bags
-            return kernels.pool(given.table, given.slots, given.inverse, bags, None, given.accept, choice=choice)
+            return kept, kernels.pool(given.table, given.slots, given.inverse, bags, None, given.accept, choice=choice)
         if operation == "update":
             rule = rules(given.words)
-            return kernels.update(carry, given.slots, given.gradients, rule, given.accept, choice=choice)
-        return kernels.exchange(carry[0], given.slots, given.incoming, given.accept, choice=choice)
+            return kernels.update(kept, given.slots, given.gradients, rule, given.accept, choice=choice), None
+        return kernels.exchange(kept, given.slots, given.incoming, given.accept, choice=choice)
 
     return step
 
 
-def _plain_gather(carry, given, problem, rules):
-    return given.table[given.slots[given.inverse]].astype(jnp.float32)
+def _plain_gather(kept, given, problem, rules):
+    return kept, given.table[given.slots[given.inverse]].astype(jnp.float32)
 
 
-def _plain_pool(carry, given, problem, rules):
-    rows, start, sums = _plain_gather(carry, given, problem, rules), 0, []
+def _plain_pool(kept, given, problem, rules):
+    (_, rows), start, sums = _plain_gather(kept, given, problem, rules), 0, []
     for bags in problem.bags:
         sums.append(rows[start : start + bags.lookups].reshape(bags.count, bags.size, -1).sum(axis=1))
         start += bags.lookups
-    return jnp.concatenate(sums)
+    return kept, jnp.concatenate(sums)
 
 
 def _plain_update(kept, given, problem, rules):
@@ -244,18 +247,18 @@ def _plain_update(kept, given, problem, rules):
     summed = jax.ops.segment_sum(rows, gradients.inverse, len(slots))
     state = tuple(leaf[slots] for leaf in kept.state)
     weights, state = rules(given.words).apply(summed, kept.weights[slots], state)
-    counts = kept.counts.at[slots].add(jnp.diff(gradients.starts), mode="drop")
-    return Slots(
+    updated = Slots(
         kept.weights.at[slots].set(weights, mode="drop"),
         tuple(leaf.at[slots].set(new, mode="drop") for leaf, new in zip(kept.state, state, strict=True)),
-        counts,
+        kept.counts.at[slots].add(jnp.diff(gradients.starts), mode="drop"),
         kept.dirty.at[slots].set(True, mode="drop"),
     )
+    return updated, None
 
 
-def _plain_exchange(carry, given, problem, rules):
-    out = jax.tree.map(lambda leaf: leaf[given.slots], carry[0])
-    return jax.tree.map(lambda leaf, new: leaf.at[given.slots].set(new, mode="drop"), carry[0], given.incoming), out
+def _plain_exchange(kept, given, problem, rules):
+    out = jax.tree.map(lambda leaf: leaf[given.slots], kept)
+    return jax.tree.map(lambda leaf, new: leaf.at[given.slots].set(new, mode="drop"), kept, given.incoming), out
 
 
 _PLAINLY = {"gather": _plain_gather, "pool": _plain_pool, "update": _plain_update, "exchange": _plain_exchange}
@@ -266,11 +269,13 @@ def _loop(step: Callable[[Any, Inputs], Any], turns: int) -> Any:
 
     def program(carry: Any, sets: list[Inputs]) -> Any:
         def body(_: Any, carry: Any) -> Any:
-            for given in sets:
-                # Inputs that seem to come out of the step before: XLA neither moves work out of the loop nor drops it.
-                carry, given = jax.lax.optimization_barrier((carry, given))
-                carry = step(carry, given)
-            return carry
+            # All results leave the loop, and inputs seem to come out of the step before: otherwise XLA drops steps
+            # whose result is overwritten, or moves work out of the loop. (A barrier alone does not keep results.)
+            kept, results = carry[0], list(carry[1])
+            for number, given in enumerate(sets):
+                kept, results, given = jax.lax.optimization_barrier((kept, results, given))
+                kept, results[number] = step(kept, given)
+            return kept, tuple(results)
 
         return jax.lax.fori_loop(0, turns, body, carry)
 
