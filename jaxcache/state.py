@@ -287,7 +287,7 @@ def lookup(cache: CacheState, plan: Plan) -> dict[str, jax.Array]:
         for feature, place in features:
             rows = results[feature.name]
             if feature.combiner == "mean":
-                rows = rows / _totals(feature, plan, place)
+                rows = rows / _totals(feature, plan, place, cache.backends)
             results[feature.name] = rows.reshape(feature.result(dim))
     return {feature.name: results[feature.name] for feature in plan.features}
 
@@ -337,24 +337,31 @@ def _lookup_weights(features: Sequence[tuple[FeatureLayout, slice]], plan: Plan)
     return _concatenate([_weights(feature, plan, place) for feature, place in features])
 
 
-def _totals(feature: FeatureLayout, plan: Plan, place: slice) -> jax.Array:
+def _totals(feature: FeatureLayout, plan: Plan, place: slice, choice: kernels.Choice) -> jax.Array:
     """What the sum of each bag is divided by for its mean, `[bags, 1]`: its weights; infinity where they sum to 0."""
     bags, weights = _bags(feature, plan), _weights(feature, plan, place)
     if bags.owners is None:
         total = jnp.sum(weights.reshape(bags.count, bags.size), axis=1)
+    elif feature.weighted:
+        order = jnp.arange(bags.lookups, dtype=jnp.int32)
+        column = kernels.Gradients(weights[:, None], None, None, bags.owners, order, bags.offsets)
+        total = kernels.sum_occurrences(column, choice=choice)[:, 0]
     else:
+        # Ones add up to the same in any order.
         total = jnp.zeros(bags.count, jnp.float32).at[bags.owners].add(weights, mode="drop")
     return jnp.where(total == 0, jnp.inf, total)[:, None]
 
 
-def _gradients(plan: Plan, group: int, dim: int, row_gradients: Mapping[str, jax.Array]) -> kernels.Gradients:
+def _gradients(
+    plan: Plan, group: int, dim: int, row_gradients: Mapping[str, jax.Array], choice: kernels.Choice
+) -> kernels.Gradients:
     """The gradients of the ids of a group, from those of what `lookup` returned."""
     features = [(feature, place) for feature, place in _places(plan) if feature.group == group]
     part, rows, sources, base = plan.groups[group], [jnp.zeros((0, dim), jnp.float32)], [], 0
     for feature, place in features:
         gradient = row_gradients[feature.name].astype(jnp.float32).reshape(-1, dim)
         if feature.combiner == "mean":
-            gradient = gradient / _totals(feature, plan, place)
+            gradient = gradient / _totals(feature, plan, place, choice)
         owners = jnp.arange(feature.lookups, dtype=jnp.int32)
         if _is_pooled(feature):
             bags = _bags(feature, plan)
@@ -432,7 +439,7 @@ def _update_group(
     kept = kernels.update(
         kernels.Slots(state.buffer.weights, state.buffer.state, state.counts, state.dirty),
         part.unique_slots,
-        _gradients(plan, number, state.group.dim, row_gradients),
+        _gradients(plan, number, state.group.dim, row_gradients, cache.backends),
         state.optimizer.rule(state.scalars, state.hyperparameters, words),
         accept,
         choice=cache.backends,
