@@ -74,8 +74,8 @@ def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.
         request: a backend for all operations, "triton"; or for some, "gather=mosaic,update=triton" or a mapping. A
             backend that is asked for is the only one for its operation, but for operations that it does not have when
             it was asked for all. None: what the environment variable JAXCACHE_KERNELS says, in the same words. What is
-            open after that is decided by what runs on the device, the fastest that was measured on its kind first. A
-            `Choice` is returned as it is.
+            open after that is decided by what runs on the device, the fastest that was measured on its kind first; but
+            XLA, which on a GPU adds in no fixed order, updates only what no other can. A `Choice` is returned as it is.
         device: the default one if None.
 
     Raises:
@@ -106,6 +106,8 @@ def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.
         able = [name for name in usable if name == "xla" or operation in _OPERATIONS[name]]
         fastest = [name for name in speeds.get(operation, ()) if name in able]
         names = [*fastest, *(name for name in able if name not in fastest)]
+        if operation == "update":
+            names = [*(name for name in names if name != "xla"), "xla"]  # its sums on a GPU have no fixed order
         return tuple(names[: names.index("xla") + 1])  # it never refuses: none behind it is reached
 
     return Choice(*map(order, Choice._fields))

@@ -453,10 +453,15 @@ def test_the_choice_is_described(backends, monkeypatch):
 
 
 def test_what_was_measured_comes_first(backends, monkeypatch):
-    speeds = {"NVIDIA H100 80GB HBM3": {"gather": ("mosaic", "xla", "triton"), "exchange": ("xla", "triton")}}
-    monkeypatch.setattr(kernels, "SPEEDS", speeds)
+    speeds = {"gather": ("mosaic", "xla", "triton"), "exchange": ("xla", "triton")}
+    monkeypatch.setattr(kernels, "SPEEDS", {H100.device_kind: speeds})
     choice = kernels.choose(device=H100)
     assert choice == (("mosaic", "xla"), ("triton", "mosaic", "xla"), ("xla",))
+
+
+def test_sums_in_a_fixed_order_come_before_fast_ones(backends, monkeypatch):
+    monkeypatch.setattr(kernels, "SPEEDS", {H100.device_kind: {"update": ("xla", "mosaic", "triton")}})
+    assert kernels.choose(device=H100).update == ("mosaic", "triton", "xla")
 
 
 def test_the_environment_decides_and_an_argument_overrules_it(backends, monkeypatch):
