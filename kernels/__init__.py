@@ -75,7 +75,7 @@ def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.
             backend that is asked for is the only one for its operation, but for operations that it does not have when
             it was asked for all. None: what the environment variable JAXCACHE_KERNELS says, in the same words. What is
             open after that is decided by what runs on the device, the fastest that was measured on its kind first; but
-            XLA, which on a GPU adds in no fixed order, updates only what no other can. A `Choice` is returned as it is.
+            XLA, which on a GPU adds in no fixed order, sums only what no other can. A `Choice` is returned as it is.
         device: the default one if None.
 
     Raises:
@@ -106,8 +106,9 @@ def choose(request: str | Mapping[str, str] | Choice | None = None, device: jax.
         able = [name for name in usable if name == "xla" or operation in _OPERATIONS[name]]
         fastest = [name for name in speeds.get(operation, ()) if name in able]
         names = [*fastest, *(name for name in able if name not in fastest)]
-        if operation == "update":
-            names = [*(name for name in names if name != "xla"), "xla"]  # its sums on a GPU have no fixed order
+        if operation != "exchange":
+            # XLA scatters sums on a GPU in no fixed order, those of ragged bags too.
+            names = [*(name for name in names if name != "xla"), "xla"]
         return tuple(names[: names.index("xla") + 1])  # it never refuses: none behind it is reached
 
     return Choice(*map(order, Choice._fields))
@@ -171,8 +172,8 @@ def describe(request: str | Mapping[str, str] | None = None, device: jax.Device 
         reason = obstacle(backend, device)
         operations = ", ".join(_OPERATIONS.get(backend, Choice._fields))
         lines.append(f"{backend:9} {f'runs here: {operations}' if reason is None else reason}")
-    if device.platform != "cpu" and choice.update[0] == "xla":
-        lines.append("update by XLA adds in no fixed order here, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true")
+    if device.platform != "cpu" and "xla" in (choice.gather[0], choice.update[0]):
+        lines.append("XLA adds in no fixed order here, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true")
     if request is not None:
         lines.append("asked for: " + str(request))
     elif os.environ.get(ENVIRONMENT):
