@@ -349,8 +349,8 @@ def load() -> ModuleType:
         driver.TMA_TF32 = 0
     import jax_triton
 
-    if jax_triton.__version_info__ < (0, 4):
-        raise ImportError(f"jax-triton 0.4 or later is needed, this is {jax_triton.__version__}")
+    if jax_triton.__version_info__ < (0, 4, 1):  # 0.4.0 takes no None for an argument
+        raise ImportError(f"jax-triton 0.4.1 or later is needed, this is {jax_triton.__version__}")
     # JAX 0.12 gives one argument more to a rule of dead code elimination than that of jax-triton 0.4.1 takes.
     if jax.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         rules: dict[Any, Any] = partial_eval.dce_rules

@@ -287,7 +287,7 @@ def obstacle():
         backend.load()
         from jaxlib.gpu_triton import TritonKernel  # noqa: F401
     except ImportError as error:
-        return f"{error}: needs jax-triton >= 0.4 and the plugin for CUDA"
+        return f"{error}: needs jax-triton >= 0.4.1 and the wheel of JAX's plugin for CUDA"
     return None
 
 

@@ -415,6 +415,15 @@ def momentum():
     return Rule(lambda g, w, s: (w, s), "momentum", (np.float32(0.9), np.float32(-0.05)))
 
 
+def check_adagrad_of_zeros(failures):
+    """No division by zero where a row had no gradient yet."""
+    one, table = np.zeros(1, np.int32), np.ones((4, 8), np.float32)
+    gradients = xla.Gradients(np.zeros((1, 8), np.float32), None, None, one, one, np.array([0, 1], np.int32))
+    kept = Slots(table, (np.zeros_like(table),), np.zeros(4, np.int32), np.zeros(4, bool))
+    found = backend.update(kept, one, gradients, Rule(None, "adagrad", (np.float32(0), np.float32(-1))), YES)
+    check(failures, "adagrad", bits_equal(found.weights, table))
+
+
 def check_refusals(failures):
     def refused(text, operation, *arguments):
         try:
@@ -506,6 +515,7 @@ CHECKS = {
     "rowwise adagrad of wide rows": check_wide_rowwise,
     "leaves of all widths": check_leaves,
     "nothing to do": check_nothing,
+    "adagrad of zeros": check_adagrad_of_zeros,
     "refusals": check_refusals,
     "more than 2**31 elements": check_more_than_32_bits,
 }
