@@ -116,7 +116,7 @@ FUSED = {
     "adagrad": ("eps", "rate"),
     # s += mean(g * g) over the row; w += rate * (g / (sqrt(s) + eps))
     "rowwise_adagrad": ("eps", "rate"),
-    # m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * g * g;
+    # m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g);
     # w += rate * ((m / correction1) / (sqrt(v / correction2 + eps_root) + eps)), where correction1 = 1 - b1**updates
     "adam": ("b1", "one_minus_b1", "b2", "one_minus_b2", "eps", "eps_root", "correction1", "correction2", "rate"),
 }
