@@ -186,8 +186,8 @@ def test_sizes_of_buffers_and_batches_are_no_constants_of_kernels():
 # What they are compiled to
 
 
-def compiled(launch, capability):
-    """As jax-triton compiles it; and what it takes, from the assembler."""
+def compiled(launch, capability, ptx_version=87):
+    """As jax-triton compiles it; and what it takes, from Triton's assembler. That of Triton 3.6 takes no later PTX."""
     given = {**launch.arguments, **launch.replaced, **launch.results}
     constants = {**launch.constants, "ROWS": launch.tile.rows, "COLUMNS": launch.tile.columns}
     signature, attributes = {}, {}
@@ -202,7 +202,7 @@ def compiled(launch, capability):
             signature[name] = "*" + triton_interpreter.short_name(value.dtype)
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = launch.tile.options | {"ptx_version": 87}  # the assembler of Triton 3.6 takes no more
+    options = launch.tile.options | {"ptx_version": ptx_version}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -250,6 +250,27 @@ def test_machine_code(capability):
         "_gather_rows", "_sum_blocks", "_write_sums", "_update_rows", "_exchange_rows"
     }  # fmt: skip
     check_machine_code(Case("", dim=100, lookups=60, optimizer="rowwise_adagrad"), capability, ("update",))
+
+
+@pytest.mark.parametrize("capability, architecture", [(80, "sm_80"), (90, "sm_90a"), (100, "sm_100a")])
+def test_the_oldest_assembler_that_jax_brings_takes_the_kernels(capability, architecture, tmp_path):
+    """That of jax[cuda12], from the wheel nvidia-cuda-nvcc-cu12."""
+    found = [path for place in sys.path if (path := Path(place) / "nvidia/cuda_nvcc/bin/ptxas").exists()]
+    if not found:
+        pytest.skip("the wheel nvidia-cuda-nvcc-cu12 is not installed")
+    case = Case(
+        "", dim=100, bags=(Equal(3, 5000),), weighted=True, optimizer="adam", rounding="master", dtype="float16"
+    )
+    for name, (function, *arguments) in operations(case).items():
+        for launch in recorded(function, *arguments)[1]:
+            version = launch.tile.options["ptx_version"]
+            file = tmp_path / f"{name}.ptx"
+            file.write_text(compiled(launch, capability, version)[0])
+            command = [found[0], "-v", f"-arch={architecture}", file, "-o", tmp_path / "out.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            spills = re.findall(r"(\d+) bytes spill", done.stderr)
+            assert spills and set(spills) == {"0"}, done.stderr
 
 
 @pytest.mark.slow
