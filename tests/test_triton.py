@@ -252,6 +252,15 @@ def test_machine_code(capability):
     check_machine_code(Case("", dim=100, lookups=60, optimizer="rowwise_adagrad"), capability, ("update",))
 
 
+@pytest.mark.parametrize("dim", [130, 1024])
+def test_all_warps_of_a_row_read_its_accumulator_before_it_is_written(dim):
+    case = Case("", dim=dim, lookups=60, optimizer="rowwise_adagrad")
+    [update] = recorded(*operations(case)["update"])[1]
+    ptx, _ = compiled(update, 90)
+    read, barrier, written = ptx.index("sqrt.rn.f32"), ptx.rindex("bar.sync"), ptx.index("st.global")
+    assert read < barrier < written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", FUSED)
 @pytest.mark.parametrize("dim", WIDTHS)
