@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -535,6 +536,29 @@ def _other_adagrad(threshold):
     return optax.chain(optax.GradientTransformation(rss.init, update), optax.scale(-0.05))
 
 
+class _CountedRows(NamedTuple):
+    mu: Any
+    nu: Any
+    count: Any
+
+
+def _adam_of_rows():
+    """Adam that counts the updates of each row: for one row the very function that adam is."""
+    adam = optax.scale_by_adam()
+
+    def init(rows):
+        return _CountedRows(jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros(rows.shape[:-1], jnp.int32))
+
+    def one(gradient, state):
+        step, new = adam.update(gradient, optax.ScaleByAdamState(state.count, state.mu, state.nu))
+        return step, _CountedRows(new.mu, new.nu, new.count)
+
+    def update(gradients, state, parameters=None):
+        return (one if gradients.ndim == 1 else jax.vmap(one))(gradients, state)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale(-0.05))
+
+
 @pytest.mark.parametrize(
     "transformation",
     [
@@ -544,8 +568,9 @@ def _other_adagrad(threshold):
         optax.chain(optax.clip(1.0), optax.sgd(0.05)),
         _other_adagrad(0.5),
         jc.catch_up_adam(0.05),
+        _adam_of_rows(),
     ],
-    ids=["nesterov", "schedule", "adamw", "clip", "another constant", "catch_up_adam"],
+    ids=["nesterov", "schedule", "adamw", "clip", "another constant", "catch_up_adam", "a count of each row"],
 )
 def test_other_optimizers_are_no_known_rule(transformation):
     optimizer = RowOptimizer(transformation, 4)
