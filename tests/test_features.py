@@ -285,6 +285,22 @@ def test_a_batch_that_lacks_a_feature():
         train(make_store(), batches)
 
 
+def test_batches_of_no_samples_at_the_start():
+    ragged = jc.Bags(np.zeros(0, int), offsets=np.zeros(1, int), weights=np.zeros(0))
+    padded = jc.Bags(np.zeros((0, 3), int), weights=np.zeros((0, 3)))
+    empty = {"user": np.zeros(0, int), "history": ragged, "tags": padded, "seen": np.zeros((0, 2), int)}
+    batches = [make_batch(seed) for seed in range(2)]
+    for batch in batches:
+        batch["history"] = batch["history"]._replace(weights=np.ones(5, np.float32))
+    stores = [jc.HostStore(make_tables(), optimizer=optax.sgd(0.1)) for _ in range(4)]
+    train(stores[0], [empty, empty])
+    assert stores[0].step == 2
+    assert_same(stores[0], stores[1])
+    train(stores[2], [empty, *batches])
+    train(stores[3], batches)
+    assert_same(stores[2], stores[3])
+
+
 def test_a_bad_first_batch_leaves_the_store_untouched():
     store = make_store()
     with pytest.raises(ValueError, match="feature 'history'"):

@@ -235,6 +235,17 @@ def test_what_is_not_accepted_is_read_as_nan():
     assert np.isnan(kernels.pool(table, slots, inverse, problem.bags, problem.weights, NO)).all()
 
 
+def test_nothing_is_read_from_nothing():
+    """A table without slots, no bags around what is padding, and no gradients."""
+    none, many = np.zeros(100, np.int32), np.full(100, 3, np.int32)
+    for table in (np.zeros((0, 2), np.float32), np.ones((4, 2), np.float32)):
+        assert not jax.jit(kernels.gather)(table, np.full(3, len(table), np.int32), none, YES).any()
+        bags = [kernels.Bags(0, 100, none, np.zeros(1, np.int32))]
+        assert kernels.pool(jnp.asarray(table), none[:3], none, bags, None, YES).shape == (0, 2)
+    gradients = kernels.Gradients(np.zeros((0, 2), np.float32), none, None, many, none, np.zeros(4, np.int32))
+    assert not jax.jit(kernels.sum_occurrences)(gradients).any()
+
+
 # The tree, drawn at random
 
 
