@@ -22,7 +22,7 @@ import jaxcache as jc
 from jaxcache import kernels
 from jaxcache.kernels import xla
 from jaxcache.kernels.cases import CASES, Case, Problem, named
-from jaxcache.optimizers import RowOptimizer
+from jaxcache.optimizers import RowOptimizer, _known_rule
 
 YES, NO = np.array(True), np.array(False)
 small = pytest.mark.parametrize("case", [case for case in CASES if not case.measured], ids=lambda case: case.name)
@@ -279,6 +279,17 @@ def test_sums_follow_the_tree_whatever_stands_beside(lengths, padding, seed):
     found = jax.jit(kernels.sum_occurrences)(gradients)[:unique]
     expected = np.stack([tree_sum(rows[inverse == row]) for row in range(unique)])
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_sums_of_blocks_of_blocks_are_added_in_order():
+    """67 of them, and some terms more, in one list."""
+    lookups = 67 * 64**2 + 70
+    rows = np.random.default_rng(0).normal(size=(lookups, 8)).astype(np.float32)
+    order, starts = np.arange(lookups, dtype=np.int32), np.array([0, lookups], np.int32)
+    gradients = kernels.Gradients(rows, None, None, np.zeros(lookups, np.int32), order, starts)
+    expected = tree_sum(rows)
+    assert (expected != tree_sum(rows, levels=3)).any()
+    np.testing.assert_array_equal(jax.jit(kernels.sum_occurrences)(gradients)[0], expected)
 
 
 def test_the_tree_is_not_the_plain_order():
@@ -587,6 +598,18 @@ def test_other_optimizers_are_no_known_rule(transformation):
     optimizer = RowOptimizer(transformation, 4)
     rule = optimizer.rule(optimizer.scalars, optimizer.hyperparameters)
     assert rule.name is None and rule.coefficients == ()
+
+
+def test_a_coefficient_has_one_value_wherever_it_occurs():
+    """Adam has b1 and b2 in the moments and in their corrections: with others there it would be no adam."""
+    optimizer = RowOptimizer(optax.adam(0.05, b1=0.7, b2=0.6, eps=0.1, eps_root=0.2), 4)
+    values = optimizer.hyperparameters
+    known = []
+    for place, value in enumerate(values):
+        optimizer.hyperparameters = (*values[:place], value + np.float32(1), *values[place + 1 :])
+        known.append(_known_rule(optimizer) is not None)
+    assert known == [values.count(value) == 1 for value in values]
+    assert sum(known) == 5  # 1 - b1, 1 - b2, eps, eps_root, rate
 
 
 def test_a_constant_that_is_no_coefficient_makes_another_optimizer():
