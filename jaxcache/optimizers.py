@@ -474,9 +474,10 @@ _MIXES = (
 def _known_rule(optimizer: RowOptimizer) -> tuple[str, dict[str, int]] | None:
     """Which rule of `kernels.FUSED` an optimizer is, and where its coefficients are among the hyperparameters.
 
-    It is one if it was recorded as the same function, and its constants are those of the rule but for coefficients.
+    It is one if it was recorded as the same function, of as many scalars (there, one for each row looks the same), and
+    its constants are those of the rule but for coefficients.
     """
-    canonical = _canonical(optimizer._recorded)
+    canonical = len(optimizer.scalars), _canonical(optimizer._recorded)
     for name, values, recorded, constants in _known_rules(optimizer.dim):
         if recorded != canonical:
             continue
@@ -493,8 +494,9 @@ def _known_rule(optimizer: RowOptimizer) -> tuple[str, dict[str, int]] | None:
 
 
 @functools.cache
-def _known_rules(dim: int) -> list[tuple[str, dict[str, float], str, tuple[np.ndarray, ...]]]:
-    """The rules of `kernels.FUSED`: values of their coefficients, all different, and what is recorded with these."""
+def _known_rules(dim: int) -> list[tuple[str, dict[str, float], tuple[int, str], tuple[np.ndarray, ...]]]:
+    """The rules of `kernels.FUSED`: values of their coefficients, all different, and what is recorded with these, after
+    the number of scalars."""
     rate, decay, b1, b2, eps, root = 0.37, 0.83, 0.71, 0.59, 0.013, 0.0017
     common = {"rate": -rate, "eps": eps}
     adam = {"b1": b1, "one_minus_b1": 1 - b1, "b2": b2, "one_minus_b2": 1 - b2, "eps_root": root}
@@ -510,7 +512,8 @@ def _known_rules(dim: int) -> list[tuple[str, dict[str, float], str, tuple[np.nd
         recorder = object.__new__(RowOptimizer)  # taken apart and nothing else
         recorder.dim, recorder._transformation = dim, transformation
         recorder._take_apart(jax.ShapeDtypeStruct((dim,), jnp.float32))
-        known.append((name, values, _canonical(recorder._recorded), recorder.hyperparameters))
+        canonical = len(recorder.scalars), _canonical(recorder._recorded)
+        known.append((name, values, canonical, recorder.hyperparameters))
     return known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
 import dataclasses
 import functools
@@ -617,7 +618,9 @@ class LookAhead:
             # Copied while the device goes on, into memory that NumPy reads as it is.
             for number, moved in enumerate(planned):
                 if len(moved.victims) and not cache.groups[number].group.frozen:
-                    rows[number] = jax.device_put(rows[number], host)
+                    # If there is no such memory left the device has them still; the cache, donated, is not lost.
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        rows[number] = jax.device_put(rows[number], host)
         counters, record = _compile_count(self._device)(counters, exchange.step)
         state = dataclasses.replace(cache, groups=tuple(groups), **counters._asdict())
         self._current = None

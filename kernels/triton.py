@@ -290,6 +290,7 @@ def _update_rows(
         s = tl.load(first + slot, mask=real, other=0.0) + mean
         root = tl.sqrt_rn(s) + tl.load(coefficients)
         w += tl.load(coefficients + 1) * tl.div_rn(g, root[:, None])
+        tl.debug_barrier()  # one warp writes what all warps of the row have read
         tl.store(first + slot, s, mask=real)
     elif RULE == "adam":
         m = tl.load(coefficients) * tl.load(first + at, mask=mask, other=0.0) + tl.load(coefficients + 1) * g

@@ -123,6 +123,8 @@ FUSED = {
 
 
 def _take(table: Array, places: Array) -> Array:
+    if not len(table):  # which JAX refuses to read from
+        return jnp.zeros((*places.shape, *table.shape[1:]), table.dtype)
     return table.at[places].get(mode="fill", fill_value=0)
 
 
@@ -305,7 +307,7 @@ def _sum_segments(rows: Array, owners: Array, starts: Array, order: Array | None
 def _sum_lists(rows, owners, begins, lengths, order, levels):
     """As `_sum_segments`, for segments at `begins`, with owners that stand in order."""
     count, segments = len(rows), len(begins)
-    if count <= BLOCK or not levels:
+    if count <= BLOCK or not levels or not segments:
         if order is not None:
             owners = jnp.zeros_like(owners).at[order].set(owners, unique_indices=True)
         return jnp.zeros((segments, rows.shape[1]), rows.dtype).at[owners].add(rows, mode="drop")

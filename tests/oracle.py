@@ -121,6 +121,23 @@ class PlannerOracle:
         }
 
 
+def in_order(terms):
+    """The sum over the first axis, one term after the other, from zero."""
+    total = np.zeros(terms.shape[1:], terms.dtype)
+    for term in terms:
+        total = total + term
+    return total
+
+
+def tree_sum(terms, levels=2):
+    """The sum over the first axis by the tree that all kernels follow: full blocks of 64, blocks of those, the rest."""
+    blocks = len(terms) // 64
+    if len(terms) <= 64 or not levels:
+        return in_order(terms)
+    sums = np.stack([in_order(terms[64 * block : 64 * (block + 1)]) for block in range(blocks)])
+    return tree_sum(sums, levels - 1) + in_order(terms[64 * blocks :])
+
+
 def float32(x):
     """`x` rounded to the 24 bits of a float32, whatever its exponent: planners rescale before theirs is too large."""
     mantissa, exponent = math.frexp(x)

@@ -140,6 +140,7 @@ WORKED_OUT = [
     (SUM, bags([[3, 1], [2, 2]], None, [[2.0, 0.5], [1.0, -1.0]]), [6.5, 0], {3: 2, 1: 0.5, 2: 0}),
     (MEAN, bags([[3, 1], [2, 1]], None, [[1.0, 3.0], [0.0, 0.0]]), [1.5, 0], {3: 0.25, 1: 0.75, 2: 0}),
     (MEAN, bags([3, 1, 2], [0, 2, 3], [1.0, 3.0, 0.5]), [1.5, 2], {3: 0.25, 1: 0.75, 2: 1}),
+    (MEAN, bags([3, 1, 2], [0, 2, 3], [-1.5, -0.5, -1.0]), [2.5, 2], {3: 0.75, 1: 0.25, 2: 1}),
     # Padding, here 1, which is a row of the table: it is not looked up, and what it weighs does not count.
     (PADDED_ROW, [[3, 1], [1, 2]], [[3, 0], [0, 2]], {3: 1, 2: 1}),
     (PADDED_SUM, [[3, 1], [1, 1]], [3, 0], {3: 1}),
@@ -283,6 +284,22 @@ def test_a_batch_that_lacks_a_feature():
     batches = [make_batch(0), {name: ids for name, ids in make_batch(1).items() if name != "seen"}]
     with pytest.raises(ValueError, match="every batch needs the same features in the same order"):
         train(make_store(), batches)
+
+
+def test_batches_of_no_samples_at_the_start():
+    ragged = jc.Bags(np.zeros(0, int), offsets=np.zeros(1, int), weights=np.zeros(0))
+    padded = jc.Bags(np.zeros((0, 3), int), weights=np.zeros((0, 3)))
+    empty = {"user": np.zeros(0, int), "history": ragged, "tags": padded, "seen": np.zeros((0, 2), int)}
+    batches = [make_batch(seed) for seed in range(2)]
+    for batch in batches:
+        batch["history"] = batch["history"]._replace(weights=np.ones(5, np.float32))
+    stores = [jc.HostStore(make_tables(), optimizer=optax.sgd(0.1)) for _ in range(4)]
+    train(stores[0], [empty, empty])
+    assert stores[0].step == 2
+    assert_same(stores[0], stores[1])
+    train(stores[2], [empty, *batches])
+    train(stores[3], batches)
+    assert_same(stores[2], stores[3])
 
 
 def test_a_bad_first_batch_leaves_the_store_untouched():

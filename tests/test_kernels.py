@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +22,13 @@ import jaxcache as jc
 from jaxcache import kernels
 from jaxcache.kernels import xla
 from jaxcache.kernels.cases import CASES, Case, Problem, named
-from jaxcache.optimizers import RowOptimizer
+from jaxcache.optimizers import RowOptimizer, _known_rule
 
 YES, NO = np.array(True), np.array(False)
 small = pytest.mark.parametrize("case", [case for case in CASES if not case.measured], ids=lambda case: case.name)
 
 
 # The definition, in NumPy
-
-
-def in_order(rows: np.ndarray) -> np.ndarray:
-    total = np.zeros(rows.shape[1:], rows.dtype)
-    for row in rows:
-        total = total + row
-    return total
-
-
-def tree_sum(rows: np.ndarray, levels: int = 2) -> np.ndarray:
-    """The sum over the first axis by the tree that every backend follows."""
-    blocks = len(rows) // 64
-    if len(rows) <= 64 or not levels:
-        return in_order(rows)
-    sums = np.stack([in_order(rows[64 * block : 64 * (block + 1)]) for block in range(blocks)])
-    return tree_sum(sums, levels - 1) + in_order(rows[64 * blocks :])
 
 
 def rows_of_lookups(problem: Problem) -> np.ndarray:
@@ -234,6 +219,17 @@ def test_what_is_not_accepted_is_read_as_nan():
     assert np.isnan(kernels.pool(table, slots, inverse, problem.bags, problem.weights, NO)).all()
 
 
+def test_nothing_is_read_from_nothing():
+    """A table without slots, no bags around what is padding, and no gradients."""
+    none, many = np.zeros(100, np.int32), np.full(100, 3, np.int32)
+    for table in (np.zeros((0, 2), np.float32), np.ones((4, 2), np.float32)):
+        assert not jax.jit(kernels.gather)(table, np.full(3, len(table), np.int32), none, YES).any()
+        bags = [kernels.Bags(0, 100, none, np.zeros(1, np.int32))]
+        assert kernels.pool(jnp.asarray(table), none[:3], none, bags, None, YES).shape == (0, 2)
+    gradients = kernels.Gradients(np.zeros((0, 2), np.float32), none, None, many, none, np.zeros(4, np.int32))
+    assert not jax.jit(kernels.sum_occurrences)(gradients).any()
+
+
 # The tree, drawn at random
 
 
@@ -267,6 +263,17 @@ def test_sums_follow_the_tree_whatever_stands_beside(lengths, padding, seed):
     found = jax.jit(kernels.sum_occurrences)(gradients)[:unique]
     expected = np.stack([tree_sum(rows[inverse == row]) for row in range(unique)])
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_sums_of_blocks_of_blocks_are_added_in_order():
+    """67 of them, and some terms more, in one list."""
+    lookups = 67 * 64**2 + 70
+    rows = np.random.default_rng(0).normal(size=(lookups, 8)).astype(np.float32)
+    order, starts = np.arange(lookups, dtype=np.int32), np.array([0, lookups], np.int32)
+    gradients = kernels.Gradients(rows, None, None, np.zeros(lookups, np.int32), order, starts)
+    expected = tree_sum(rows)
+    assert (expected != tree_sum(rows, levels=3)).any()
+    np.testing.assert_array_equal(jax.jit(kernels.sum_occurrences)(gradients)[0], expected)
 
 
 def test_the_tree_is_not_the_plain_order():
@@ -541,6 +548,29 @@ def _other_adagrad(threshold):
     return optax.chain(optax.GradientTransformation(rss.init, update), optax.scale(-0.05))
 
 
+class _CountedRows(NamedTuple):
+    mu: Any
+    nu: Any
+    count: Any
+
+
+def _adam_of_rows():
+    """Adam that counts the updates of each row: for one row the very function that adam is."""
+    adam = optax.scale_by_adam()
+
+    def init(rows):
+        return _CountedRows(jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros(rows.shape[:-1], jnp.int32))
+
+    def one(gradient, state):
+        step, new = adam.update(gradient, optax.ScaleByAdamState(state.count, state.mu, state.nu))
+        return step, _CountedRows(new.mu, new.nu, new.count)
+
+    def update(gradients, state, parameters=None):
+        return (one if gradients.ndim == 1 else jax.vmap(one))(gradients, state)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale(-0.05))
+
+
 @pytest.mark.parametrize(
     "transformation",
     [
@@ -550,13 +580,26 @@ def _other_adagrad(threshold):
         optax.chain(optax.clip(1.0), optax.sgd(0.05)),
         _other_adagrad(0.5),
         jc.catch_up_adam(0.05),
+        _adam_of_rows(),
     ],
-    ids=["nesterov", "schedule", "adamw", "clip", "another constant", "catch_up_adam"],
+    ids=["nesterov", "schedule", "adamw", "clip", "another constant", "catch_up_adam", "a count of each row"],
 )
 def test_other_optimizers_are_no_known_rule(transformation):
     optimizer = RowOptimizer(transformation, 4)
     rule = optimizer.rule(optimizer.scalars, optimizer.hyperparameters)
     assert rule.name is None and rule.coefficients == ()
+
+
+def test_a_coefficient_has_one_value_wherever_it_occurs():
+    """Adam has b1 and b2 in the moments and in their corrections: with others there it would be no adam."""
+    optimizer = RowOptimizer(optax.adam(0.05, b1=0.7, b2=0.6, eps=0.1, eps_root=0.2), 4)
+    values = optimizer.hyperparameters
+    known = []
+    for place, value in enumerate(values):
+        optimizer.hyperparameters = (*values[:place], value + np.float32(1), *values[place + 1 :])
+        known.append(_known_rule(optimizer) is not None)
+    assert known == [values.count(value) == 1 for value in values]
+    assert sum(known) == 5  # 1 - b1, 1 - b2, eps, eps_root, rate
 
 
 def test_a_constant_that_is_no_coefficient_makes_another_optimizer():

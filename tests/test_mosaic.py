@@ -20,6 +20,7 @@ import pytest
 from jaxcache import rounding
 from jaxcache.kernels import BLOCK, FUSED, Bags, Gradients, Rule, Slots, add_counts, xla
 from jaxcache.kernels.cases import CASES, Case, Equal, Problem, named
+from oracle import tree_sum
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -39,19 +40,6 @@ def interpreted(function, *arguments):
             return function(*arguments)
 
     return jax.jit(run)(*arguments)
-
-
-def in_order(rows):
-    return np.add.accumulate(rows)[-1] if len(rows) else np.zeros(rows.shape[1:], np.float32)
-
-
-def tree(rows, levels=xla.LEVELS):
-    """The sum of `float32[n, dim]`, as the docstring of `xla.py` says."""
-    if len(rows) <= BLOCK or not levels:
-        return in_order(rows)
-    full = len(rows) // BLOCK * BLOCK
-    blocks = np.array([in_order(block) for block in rows[:full].reshape(-1, BLOCK, rows.shape[1])])
-    return tree(blocks, levels - 1) + in_order(rows[full:])
 
 
 def equal(found, expected):
@@ -134,7 +122,7 @@ def test_pool(case):
     if weights is not None:
         rows = rows * weights[:, None]
         weights = np.where(problem.inverse < len(problem.slots), weights, np.nan)  # the rest is not looked at
-    equal(pooled(problem, table, weights), np.array([tree(rows[bag]) for bag in bags_of(problem)]))
+    equal(pooled(problem, table, weights), np.array([tree_sum(rows[bag]) for bag in bags_of(problem)]))
 
 
 @over(*SKEWS[:1], *SKEWS[2:4], *BAGS[-3:-1], slow=(SKEWS[1], *BAGS[:-3], *LARGE))

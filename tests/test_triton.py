@@ -273,6 +273,15 @@ def test_the_oldest_assembler_that_jax_brings_takes_the_kernels(capability, arch
             assert spills and set(spills) == {"0"}, done.stderr
 
 
+@pytest.mark.parametrize("dim", [130, 1024])
+def test_all_warps_of_a_row_read_its_accumulator_before_it_is_written(dim):
+    case = Case("", dim=dim, lookups=60, optimizer="rowwise_adagrad")
+    [update] = recorded(*operations(case)["update"])[1]
+    ptx, _ = compiled(update, 90)
+    read, barrier, written = ptx.index("sqrt.rn.f32"), ptx.rindex("bar.sync"), ptx.index("st.global")
+    assert read < barrier < written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", FUSED)
 @pytest.mark.parametrize("dim", WIDTHS)

@@ -198,3 +198,22 @@ def test_victims_come_home_through_page_locked_memory(monkeypatch):
     found.assert_same_bits(expected)
     assert found.report.rows_written_back == expected.report.rows_written_back > 0
     assert kinds.count("pinned_host") >= 3 * 5  # weights and two moments of the victims of several batches
+
+
+def test_without_page_locked_memory_left_victims_come_home_from_the_device(monkeypatch):
+    """The cache was donated by then: an error would lose what was trained."""
+    device_put, host = jax.device_put, object()
+    batches = make_batches(8, ["skewed", "uniform", "distinct"] * 4)
+    expected = train(make_store("adam"), batches, most_unique_rows(batches))
+    refused = []
+
+    def exhausted(arrays, device=None, **arguments):
+        if device is host:
+            refused.append(arrays)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of page-locked memory")
+        return device_put(arrays, device, **arguments)
+
+    monkeypatch.setattr(pipeline, "_host_memory", lambda device: host)
+    monkeypatch.setattr(jax, "device_put", exhausted)
+    train(make_store("adam"), batches, most_unique_rows(batches)).assert_same_bits(expected)
+    assert refused
