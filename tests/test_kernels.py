@@ -23,6 +23,7 @@ from jaxcache import kernels
 from jaxcache.kernels import xla
 from jaxcache.kernels.cases import CASES, Case, Problem, named
 from jaxcache.optimizers import RowOptimizer, _known_rule
+from oracle import in_order, tree_sum
 
 YES, NO = np.array(True), np.array(False)
 small = pytest.mark.parametrize("case", [case for case in CASES if not case.measured], ids=lambda case: case.name)
