@@ -185,6 +185,25 @@ def test_weights_are_those_of_their_feature_whatever_stands_beside():
     np.testing.assert_array_equal(moved[:, 0], [0, 2.5, 2, 1, 1, 0, 0, 0])
 
 
+def test_an_update_that_is_not_accepted_changes_nothing_but_the_fault():
+    store = make_store()
+    with look_ahead(store, [make_batch()]) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            unready = dataclasses.replace(cache, exchanged=cache.step)
+            gradients = jax.tree.map(jnp.ones_like, jc.lookup(cache, plan))
+            found = jc.update(unready, plan, gradients)
+            updated = jc.update(cache, plan, gradients)
+    assert int(found.fault) == jc.CacheState.UPDATE_MISMATCH
+    for before, after in zip(
+        map(np.asarray, jax.tree.leaves(unready.groups)), jax.tree.leaves(found.groups), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    assert (int(found.step), int(found.exchanged)) == (int(unready.step), int(unready.exchanged))
+    assert [int(group.scalars[0]) for group in updated.groups] == [1, 1]  # which an accepted one does change
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lookups_are_float32_whatever_the_table(dtype, frozen):
