@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -160,6 +161,47 @@ def test_bags_worked_out_by_hand(feature, ids, expected, gradients):
         trained[row] -= gradient
     np.testing.assert_array_equal(rows, trained)
     assert report.unique_rows == len(gradients) and not report.ignored
+
+
+def test_weights_are_those_of_their_feature_whatever_stands_beside():
+    """Of one table: rows as they are, rows with weights, and rows with none."""
+    features = {"seen": ROW, "tags": SUM, "history": SUM}
+    batch = {"seen": np.array([[3, 1]]), "tags": bags([[2, 1]], None, [[2.0, 0.5]]), "history": np.array([[4, 1]])}
+    store = jc.HostStore({"item": jc.Table(8, 2, linear)}, optimizer=optax.sgd(1.0))
+    with look_ahead(store, [batch], features=features, slots=4) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            # Without its exchange nothing is accepted: neither what is handed out nor what is pooled.
+            unready = jc.lookup(dataclasses.replace(cache, exchanged=cache.step), plan)
+            rows = jc.lookup(cache, plan)
+            cache = jc.update(cache, plan, jax.tree.map(jnp.ones_like, rows))
+        cache = ahead.flush(cache)
+    assert all(np.isnan(leaf).all() for leaf in unready.values())
+    assert {name: leaf[..., 0].tolist() for name, leaf in rows.items()} == {
+        "seen": [[3.0, 1.0]], "tags": [4.5], "history": [5.0]
+    }  # fmt: skip
+    moved = linear(None, np.arange(8), None) - store.rows("item", np.arange(8))
+    np.testing.assert_array_equal(moved[:, 0], [0, 2.5, 2, 1, 1, 0, 0, 0])
+
+
+def test_an_update_that_is_not_accepted_changes_nothing_but_the_fault():
+    store = make_store()
+    with look_ahead(store, [make_batch()]) as ahead:
+        cache = ahead.start()
+        for _, plan in ahead:
+            cache = ahead.exchange(cache, plan)
+            unready = dataclasses.replace(cache, exchanged=cache.step)
+            gradients = jax.tree.map(jnp.ones_like, jc.lookup(cache, plan))
+            found = jc.update(unready, plan, gradients)
+            updated = jc.update(cache, plan, gradients)
+    assert int(found.fault) == jc.CacheState.UPDATE_MISMATCH
+    for before, after in zip(
+        map(np.asarray, jax.tree.leaves(unready.groups)), jax.tree.leaves(found.groups), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    assert (int(found.step), int(found.exchanged)) == (int(unready.step), int(unready.exchanged))
+    assert [int(group.scalars[0]) for group in updated.groups] == [1, 1]  # which an accepted one does change
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxcache as jc
+from jaxcache import pipeline
 from jaxcache.pipeline import _compile_exchange
 
 ADAM = optax.adam(0.05)
@@ -129,6 +130,24 @@ def test_every_policy_trains_the_same_bits(arguments, uncached):
         assert (group.rows_written_back == 0) == (name == "word") and (group.rows_flushed == 0) == (name == "word")
     assert report.rows_fetched == sum(group.rows_fetched for group in report.groups.values())
     assert report.bytes_fetched == sum(group.rows_fetched * group.row_bytes for group in report.groups.values())
+
+
+def test_victims_of_every_trained_group_come_home_through_page_locked_memory(monkeypatch, uncached):
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    device_put, copied = jax.device_put, []
+
+    def recorded(arrays, device=None, **arguments):
+        if device is host:
+            copied.append(arrays.weights.shape[1])
+        return device_put(arrays, device, **arguments)
+
+    monkeypatch.setattr(pipeline, "_host_memory", lambda device: host)
+    monkeypatch.setattr(jax, "device_put", recorded)
+    store = make_store()
+    _, losses, _ = train(store, make_batches(), slots=SLOTS, window=5)
+    assert losses == uncached[1]
+    assert_same_bits(contents(store), uncached[0])
+    assert set(copied) == {4, 3}  # users, and items with shops; words are frozen, their rows need not be brought home
 
 
 def test_the_future_without_weights_is_the_same_and_other_ids_are_found_out():

@@ -516,6 +516,32 @@ def test_the_choice_travels_with_the_cache():
         jc.LookAhead(store, [], ids=dict, slots=4, backends="fast")
 
 
+def test_the_choice_reaches_every_part_of_a_pipeline(monkeypatch):
+    chosen, used, dispatch = kernels.Choice(*[("xla", "xla")] * 3), [], kernels._dispatch
+
+    def recorded(backends, operation, *arguments):
+        used.append((operation, backends))
+        return dispatch(backends, operation, *arguments)
+
+    monkeypatch.setattr(kernels, "_dispatch", recorded)
+    store = jc.HostStore({"user": jc.Table(30, 4)}, optimizer=optax.sgd(0.1))
+    batches = [{"user": np.array([i, i + 1])} for i in range(6)]
+    cache = None
+    for backends, expected in ((None, kernels.XLA), (chosen, chosen), (None, chosen), ("xla", kernels.XLA)):
+        used.clear()
+        with jc.LookAhead(store, batches, ids=dict, slots=4, backends=backends) as ahead:
+            cache = ahead.start(cache)
+            for _, plan in ahead:
+                cache = ahead.exchange(cache, plan)
+                cache = jc.update(cache, plan, jc.lookup(cache, plan))
+            cache, views = ahead.evaluate(batches[:1], cache, lambda view, plan, batch: view.backends)
+        assert cache.backends == expected and views == [expected]
+        assert {backends for _, backends in used} == {expected.gather}
+        # Programs of the exchange are kept from one pipeline to the next.
+        assert {operation for operation, _ in used} >= {"gather", "update"}
+        assert "exchange" in dict(used) or backends != chosen
+
+
 # Rules that backends know
 
 
