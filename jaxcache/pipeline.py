@@ -152,10 +152,11 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class _Returning:
-    """Victims on their way home: those of each group, and what the exchange returned."""
+    """Victims on their way home: those of each group, what the exchange returned, and copies of it on the host."""
 
     planned: tuple[PlannedBatch, ...]
     rows: tuple[Rows, ...]
+    copies: tuple[Rows | None, ...]
     record: Any
 
 
@@ -613,20 +614,20 @@ class LookAhead:
             contents, outgoing = program(group.contents, counters, part, exchange.step)
             groups.append(group.holding(contents))
             rows.append(outgoing)
-        host = _host_memory(self._device)
-        if host is not None:
+        copies: list[Rows | None] = [None] * len(rows)
+        if (host := _host_memory(self._device)) is not None:
             # Copied while the device goes on, into memory that NumPy reads as it is.
             for number, moved in enumerate(planned):
                 if len(moved.victims) and not cache.groups[number].group.frozen:
-                    # If there is no such memory left the device has them still; the cache, donated, is not lost.
+                    # Where there is none left they are read from the device: the cache was donated, and is not lost.
                     with contextlib.suppress(jax.errors.JaxRuntimeError):
-                        rows[number] = jax.device_put(rows[number], host)
+                        copies[number] = jax.device_put(rows[number], host)
         counters, record = _compile_count(self._device)(counters, exchange.step)
         state = dataclasses.replace(cache, groups=tuple(groups), **counters._asdict())
         self._current = None
         self._store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put(_Returning(planned, tuple(rows), record), self._stages["step"])
+        self._returning.put(_Returning(planned, tuple(rows), tuple(copies), record), self._stages["step"])
         with self._progress:
             self._exchanged += 1
         self._count_exchange(ready)
@@ -1071,10 +1072,12 @@ class LookAhead:
         if not accepted:
             raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
         with stage.working():
-            for planned, rows, store in zip(returning.planned, returning.rows, self._store.groups, strict=True):
+            parts = zip(returning.planned, returning.rows, returning.copies, self._store.groups, strict=True)
+            for planned, rows, copy, store in parts:
                 if len(planned.victims) and not store.group.frozen:
                     last = len(planned.fetched)
-                    self._write_home(store, planned.victims, rows, slice(last - len(planned.victims), last))
+                    arrived = _arrived(rows, copy)
+                    self._write_home(store, planned.victims, arrived, slice(last - len(planned.victims), last))
         with self._progress:
             self._landed += 1
             self._store.exchanged += 1
@@ -1123,6 +1126,14 @@ def _host_memory(device: jax.Device) -> jax.sharding.Sharding | None:
     if device.platform == "cpu" or "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
         return None
     return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def _arrived(rows: Rows, copy: Rows | None) -> Rows:
+    """A copy of rows in memory of the host, or the rows, if there is none or it failed while it was made."""
+    if copy is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return jax.block_until_ready(copy)
+    return rows
 
 
 def _group_view(store: RowStore, keys: np.ndarray, bound: int) -> GroupCache:

@@ -2,13 +2,15 @@
 
 `xla.py` is the definition of every operation and runs everywhere. `triton.py` and `mosaic.py` have versions for GPUs
 and refuse, with NotImplementedError and only so, what they cannot do. Which backend runs what is decided here and
-nowhere else: `choose` makes a `Choice`, and the operations below try the backends that it names, in its order.
+nowhere else: `choose` makes a `Choice`, and the operations below try the backends that it names, in its order; where
+others refuse and XLA is left, they warn.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,13 +195,17 @@ def _module(backend: str) -> Any:
 
 
 def _dispatch(backends: Sequence[str], operation: str, *arguments: Any) -> Any:
-    reasons = []
+    reasons: list[str] = []
+    refusal: NotImplementedError | None = None
     for name in backends:
+        if reasons and name == "xla":
+            warnings.warn(f"XLA does this {operation} instead of {'; '.join(reasons)}", stacklevel=3)
         try:
             return getattr(_module(name), operation)(*arguments)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
-    raise NotImplementedError(f"no backend of {backends} can do this {operation}; {'; '.join(reasons)}")
+            refusal = error
+    raise NotImplementedError(f"no backend of {backends} can do this {operation}; {'; '.join(reasons)}") from refusal
 
 
 def gather(table: Any, slots: Any, inverse: Any, accept: Any, *, choice: Choice = XLA) -> jax.Array:

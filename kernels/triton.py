@@ -328,6 +328,7 @@ def _exchange_rows(
     numbers = _offsets(number, columns, DIM)
     held = tl.load(places, mask=(real & (slot < capacity))[:, None] & inside, other=0)
     tl.store(old + numbers, held, mask=real[:, None] & inside)
+    tl.debug_barrier()  # nothing else would make a thread wait for another that has yet to read what it writes
     written = (real & (slot < tl.where(tl.load(accept), capacity, 0)))[:, None] & inside
     tl.store(places, tl.load(incoming + numbers, mask=written, other=0), mask=written)
 

@@ -504,6 +504,9 @@ def test_a_backend_that_refuses_is_passed_over(backends):
     kernels.gather(jnp.ones((2, 4)), slots, inverse, YES, choice=asked)
     with pytest.raises(NotImplementedError, match=r"no backend of \('triton',\) can do this gather; triton: rows of 5"):
         kernels.gather(jnp.ones((2, 5)), slots, inverse, YES, choice=asked)
+    with pytest.warns(UserWarning, match="XLA does this gather instead of triton: rows of 5"):
+        kernels.gather(jnp.ones((2, 5)), slots, inverse, YES, choice=asked._replace(gather=("triton", "xla")))
+    assert backends.pop() == "xla"
 
 
 def test_the_choice_travels_with_the_cache():

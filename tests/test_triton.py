@@ -282,6 +282,15 @@ def test_all_warps_of_a_row_read_its_accumulator_before_it_is_written(dim):
     assert read < barrier < written
 
 
+@pytest.mark.parametrize("dim", [1, 5, 128])
+def test_all_threads_read_what_leaves_before_one_writes_what_comes(dim):
+    for launch in recorded(*operations(Case("", dim=dim))["exchange"])[1]:
+        ptx, _ = compiled(launch, 90)
+        before, after = ptx.split("bar.sync")
+        assert len(re.findall(r"ld\.global", before)) >= 2 and "st.global" in before  # slots, and what leaves
+        assert "st.global" in after and "ld.param" not in after
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", FUSED)
 @pytest.mark.parametrize("dim", WIDTHS)

@@ -217,3 +217,21 @@ def test_without_page_locked_memory_left_victims_come_home_from_the_device(monke
     monkeypatch.setattr(jax, "device_put", exhausted)
     train(make_store("adam"), batches, most_unique_rows(batches)).assert_same_bits(expected)
     assert refused
+
+
+def test_a_copy_to_page_locked_memory_that_fails_later_is_made_up_for(monkeypatch):
+    block_until_ready, failed = jax.block_until_ready, []
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    batches = make_batches(8, ["skewed", "uniform", "distinct"] * 4)
+    expected = train(make_store("adam"), batches, most_unique_rows(batches))
+
+    def broken(arrays):
+        if any(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(arrays)):
+            failed.append(arrays)
+            raise jax.errors.JaxRuntimeError("INTERNAL: the copy failed")
+        return block_until_ready(arrays)
+
+    monkeypatch.setattr(pipeline, "_host_memory", lambda device: host)
+    monkeypatch.setattr(jax, "block_until_ready", broken)
+    train(make_store("adam"), batches, most_unique_rows(batches)).assert_same_bits(expected)
+    assert failed
