@@ -159,25 +159,25 @@ def summed_gradients_size(problem: Problem) -> np.ndarray:
 
 
 @small
-@pytest.mark.parametrize("accept", [YES, NO], ids=["", "not accepted"])
-def test_update_applies_the_optimizer_to_the_unique_rows_alone(case, accept):
+def test_update_applies_the_optimizer_to_the_unique_rows_alone(case):
     problem = Problem(case)
     kept, real = problem.kept, problem.slots < case.slots
     rule = rule_of(problem)  # not inside `jit`: the optimizer is found out about by running it
     assert rule.name == case.optimizer
     np.testing.assert_allclose([float(c) for c in rule.coefficients], case.coefficients, rtol=2e-4)
 
+    @jax.jit
     def update(kept, slots, gradients, accept):
         return kernels.update(kept, slots, gradients, rule, accept)
 
-    found = jax.tree.map(np.asarray, jax.jit(update)(kept, problem.slots, problem.gradients, accept))
-    touched = np.zeros(case.slots, bool)
-    touched[problem.slots[real]] = bool(accept)
-    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
-        np.testing.assert_array_equal(new[~touched], old[~touched])
-    if not accept:
-        return
+    refused = update(kept, problem.slots, problem.gradients, NO)
+    found = jax.tree.map(np.asarray, update(kept, problem.slots, problem.gradients, YES))
     places = problem.slots[real]
+    others = np.ones(case.slots, bool)
+    others[places] = False
+    for new, same, old in zip(*map(jax.tree.leaves, (found, refused, kept)), strict=True):
+        np.testing.assert_array_equal(same, old)
+        np.testing.assert_array_equal(new[others], old[others])
     sums = summed_gradients(problem)[real]
     old_state = [leaf[places].astype(np.float64) for leaf in kept.state]
     master = case.rounding == "master"
@@ -198,19 +198,19 @@ def test_update_applies_the_optimizer_to_the_unique_rows_alone(case, accept):
 
 
 @small
-@pytest.mark.parametrize("accept", [YES, NO], ids=["", "not accepted"])
-def test_exchange_swaps_rows(case, accept):
-    problem = Problem(case)
+def test_exchange_swaps_rows(case):
+    problem, exchange = Problem(case), jax.jit(kernels.exchange)
     real = problem.slots < case.slots
-    found, out = jax.jit(kernels.exchange)(problem.kept, problem.slots, problem.incoming, accept)
-    leaves = (problem.kept, problem.incoming, found, out)
-    for before, incoming, after, outgoing in zip(*map(jax.tree.leaves, leaves), strict=True):
-        expected = before.copy()
-        if accept:
-            expected[problem.slots[real]] = incoming[real]
-        np.testing.assert_array_equal(after, expected)
-        np.testing.assert_array_equal(np.asarray(outgoing)[real], before[problem.slots[real]])
-        assert not np.asarray(outgoing)[~real].any()
+    for accept in YES, NO:
+        found, out = exchange(problem.kept, problem.slots, problem.incoming, accept)
+        leaves = (problem.kept, problem.incoming, found, out)
+        for before, incoming, after, outgoing in zip(*map(jax.tree.leaves, leaves), strict=True):
+            expected = before.copy()
+            if accept:
+                expected[problem.slots[real]] = incoming[real]
+            np.testing.assert_array_equal(after, expected)
+            np.testing.assert_array_equal(np.asarray(outgoing)[real], before[problem.slots[real]])
+            assert not np.asarray(outgoing)[~real].any()
 
 
 def test_what_is_not_accepted_is_read_as_nan():
