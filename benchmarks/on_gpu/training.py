@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -210,7 +211,7 @@ def _start(model: str, workload: Workload) -> Any:
     return parameters, MODEL_OPTIMIZER.init(parameters)
 
 
-class Contender:
+class Contender(ABC):
     """Trains step after step when asked.
 
     Attributes:
@@ -222,8 +223,9 @@ class Contender:
         self.name, self.losses = name, []
         self._batches: Iterator[Batch] = iter(batches)
 
+    @abstractmethod
     def step(self) -> None:
-        raise NotImplementedError
+        """Makes one step, without waiting for it."""
 
     def close(self) -> None:
         """Ends its threads."""
