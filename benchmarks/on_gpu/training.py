@@ -227,8 +227,9 @@ class Contender(ABC):
     def step(self) -> None:
         """Makes one step, without waiting for it."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Ends its threads."""
+        """Ends its threads, and checks what is known at the end."""
 
     def run(self, steps: int) -> float:
         """Makes so many steps; seconds until the last one's loss is there. The loss is not waited for in between."""
