@@ -3,13 +3,14 @@
 from jaxcache.check import check
 from jaxcache.counts import count_ids, hottest_rows
 from jaxcache.features import Bags, Feature
+from jaxcache.ondemand import admit, flush, init, merge, on_demand, prefetch, tap
 from jaxcache.optimizers import RowOptimizer, Rows, catch_up_adam, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
 from jaxcache.policies import Policy, frequency, lfu, lookahead, lru, no_cache, scratchpipe, static
 from jaxcache.report import GroupReport, Report, Stage
 from jaxcache.schedule import HotReport, hot_batches
-from jaxcache.state import CacheState, GroupCache, GroupPlan, Plan, init, lookup, update
+from jaxcache.state import CacheState, GroupCache, GroupPlan, Plan, lookup, release, update
 from jaxcache.store import HostStore, RowStore
 from jaxcache.tables import Group, Initializer, Table, normal, uniform
 
@@ -36,9 +37,11 @@ __all__ = [
     "Stage",
     "Table",
     "TooFewSlots",
+    "admit",
     "catch_up_adam",
     "check",
     "count_ids",
+    "flush",
     "frequency",
     "hot_batches",
     "hottest_rows",
@@ -47,11 +50,16 @@ __all__ = [
     "lookahead",
     "lookup",
     "lru",
+    "merge",
     "no_cache",
     "normal",
+    "on_demand",
+    "prefetch",
+    "release",
     "rowwise_adagrad",
     "scratchpipe",
     "static",
+    "tap",
     "uniform",
     "update",
 ]

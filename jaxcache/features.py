@@ -155,6 +155,18 @@ class Features:
         """Whether there is a feature of that name, or a table."""
         return name in self._features or name in self._places
 
+    def locate(self, name: str) -> tuple[Feature, int, int]:
+        """The feature of that name, the position of its table's group, and of the table in it.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        if name not in self:
+            known = [*self._features, *(table for table in self._places if table not in self._features)]
+            raise KeyError(f"no feature or table named {name!r}: there are {', '.join(known)}")
+        feature = self._features.get(name) or Feature(name)
+        return feature, *self._places[feature.table]
+
     def read(self, name: str, value: Any) -> FeatureIds:
         """Checks what a batch holds for a feature: an integer array `[B, ...]`, or `Bags`.
 
@@ -163,11 +175,7 @@ class Features:
             TypeError, ValueError: for ids that are no integers or out of range, offsets that do not add up, weights
                 of another shape than the ids, and bags without a combiner.
         """
-        if name not in self:
-            known = [*self._features, *(table for table in self._places if table not in self._features)]
-            raise KeyError(f"no feature or table named {name!r}: there are {', '.join(known)}")
-        feature = self._features.get(name) or Feature(name)
-        group, position = self._places[feature.table]
+        feature, group, position = self.locate(name)
         table = self.groups[group].tables[position]
         bags = value if isinstance(value, Bags) else Bags(value)
         array = _as_array(name, bags.ids)
@@ -180,14 +188,19 @@ class Features:
         if bags.offsets is not None:
             number, bag_of = _read_offsets(name, array, bags.offsets)
         weights = None if bags.weights is None else _read_weights(name, array, bags.weights)
-        if feature.combiner is None and (bag_of is not None or weights is not None):
-            what = "ragged bags" if bag_of is not None else "weights"
-            raise ValueError(
-                f'feature {name!r} has {what} and no combiner: name one, Feature({feature.table!r}, combiner="sum")'
-                + (", or pad the ids to [B, L] and set padding" if bag_of is not None else "")
-            )
+        check_combiner(name, feature, bag_of is not None, weights is not None)
         layout = FeatureLayout(name, group, feature.combiner, array.shape, number, weights is not None)
         return FeatureIds(layout, position, ids, present, weights, bag_of, ignored)
+
+
+def check_combiner(name: str, feature: Feature, ragged: bool, weighted: bool) -> None:
+    """Raises ValueError for ragged bags or weights of a feature without a combiner."""
+    if feature.combiner is None and (ragged or weighted):
+        raise ValueError(
+            f"feature {name!r} has {'ragged bags' if ragged else 'weights'} and no combiner: name one, "
+            f'Feature({feature.table!r}, combiner="sum")'
+            + (", or pad the ids to [B, L] and set padding" if ragged else "")
+        )
 
 
 def _as_array(name: str, ids: Any) -> np.ndarray:

@@ -45,8 +45,8 @@ from jaxcache.state import (
     GroupExchange,
     Plan,
     count_exchange,
+    empty_cache,
     exchange_group,
-    init,
     slot_entries,
     slot_keys,
 )
@@ -288,7 +288,7 @@ class LookAhead:
         groups = [rows.group for rows in store.groups]
         self._features = Features(groups, features)
         self._backends = backends
-        empty = jax.eval_shape(lambda: init(store, [0] * len(groups), backends=backends))
+        empty = jax.eval_shape(lambda: empty_cache(store, [0] * len(groups), backends=backends))
         fixed_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
         row_bytes = [rows.row_bytes for rows in store.groups]
         self._capacity = Capacity.parse(groups, row_bytes, fixed_bytes, slots, device_bytes)
@@ -416,7 +416,7 @@ class LookAhead:
             given and slots == rows.group.rows for slots, rows in zip(self._slots, self._store.groups, strict=True)
         ]
         if cache is None:
-            cache = init(self._store, self._slots, backends=self._backends)
+            cache = empty_cache(self._store, self._slots, backends=self._backends)
         elif self._backends is not None:
             cache = dataclasses.replace(cache, backends=kernels.choose(self._backends, self._device))
         self._choice = cache.backends

@@ -17,6 +17,7 @@ from jaxcache import kernels
 from jaxcache.features import FeatureLayout
 from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.rounding import random_words
+from jaxcache.slot_index import SlotIndex
 from jaxcache.tables import Group
 
 if TYPE_CHECKING:
@@ -93,8 +94,47 @@ class GroupCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
+class Residents(NamedTuple):
+    """What `admit` keeps of the rows of one group, beside them.
+
+    Attributes:
+        row_index: finds the slot of a row.
+        used: `int32[]`, slots that hold a row: the first ones.
+        stamps: `int32[slots]`, the last `admit` that wanted the row of each slot, counted from 1; 0 for none.
+        ranks: `int32[slots]`, for policies that rank the rows of the start, the rank of each; the lowest goes first.
+            `[0]` for others.
+        evicted: `int32[]`, rows evicted since counts last aged.
+    """
+
+    row_index: SlotIndex
+    used: Array
+    stamps: Array
+    ranks: Array
+    evicted: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["residents", "admitted", "pinned_after"], meta_fields=["order"])
+@dataclass(frozen=True)
+class OnDemand:
+    """What a cache keeps for `admit`.
+
+    Attributes:
+        residents: of each group.
+        admitted: `int32[]`, calls of `admit` done.
+        pinned_after: `int32[]`, those before the step that is under way; the rows of later ones stay where they are.
+        order: which row goes first, as in `Policy`, static.
+    """
+
+    residents: tuple[Residents, ...]
+    admitted: Array
+    pinned_after: Array
+    order: str
+
+
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["groups", "step", "exchanged", "fault"], meta_fields=["backends"]
+    jax.tree_util.register_dataclass,
+    data_fields=["groups", "step", "exchanged", "fault", "on_demand"],
+    meta_fields=["backends"],
 )
 @dataclass(frozen=True)
 class CacheState:
@@ -103,19 +143,22 @@ class CacheState:
     Attributes:
         groups: the cached rows of each group of the store, in its order.
         step: `int32[]`, updates done.
-        exchanged: `int32[]`, exchanges done; one ahead of `step` between a step's exchange and its update.
-        fault: `int32[]`, 0, or the reason why cache and plan did not fit; from then on nothing changes the rows.
+        exchanged: `int32[]`, steps whose rows were brought in; one ahead of `step` before a step's update.
+        fault: `int32[]`, 0, or the reason why the cache cannot go on; from then on nothing changes the rows.
+        on_demand: what `admit` needs; None where a `LookAhead` brings rows in.
         backends: what gathers, updates and exchanges its rows, static.
     """
 
     NO_FAULT: ClassVar[int] = 0
     EXCHANGE_MISMATCH: ClassVar[int] = 1
     UPDATE_MISMATCH: ClassVar[int] = 2
+    ADMIT_FAILED: ClassVar[int] = 3
 
     groups: tuple[GroupCache, ...]
     step: Array
     exchanged: Array
     fault: Array
+    on_demand: OnDemand | None = None
     backends: kernels.Choice = kernels.XLA
 
     @property
@@ -188,13 +231,13 @@ class Plan:
         return jnp.arange(self.features[0].samples, dtype=jnp.int32) < self.samples
 
 
-def init(
+def empty_cache(
     store: HostStore,
     slots: int | Sequence[int],
     *,
     backends: str | Mapping[str, str] | kernels.Choice | None = None,
 ) -> CacheState:
-    """An empty cache for the tables of `store`.
+    """An empty cache for the tables of `store`, without what `admit` needs.
 
     Args:
         store: gives tables, optimizers, their scalars and the step to go on from.
@@ -419,7 +462,27 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
         ),
         step=cache.step + accept.astype(jnp.int32),
         fault=_fault(cache, accept, CacheState.UPDATE_MISMATCH),
+        on_demand=_unpinned(cache.on_demand, accept),
     )
+
+
+def _unpinned(on_demand: OnDemand | None, accept: jax.Array | bool = True) -> OnDemand | None:
+    """The rows of a step that is over may be evicted."""
+    if on_demand is None:
+        return None
+    return dataclasses.replace(on_demand, pinned_after=jnp.where(accept, on_demand.admitted, on_demand.pinned_after))
+
+
+def release(cache: CacheState) -> CacheState:
+    """Ends a step without an update: after an evaluation, or where the rows of a batch are not trained after all.
+
+    Args:
+        cache: a state for `admit`.
+
+    Returns:
+        The same, whose rows may all be evicted again; the plans of this step have no rows any more.
+    """
+    return dataclasses.replace(cache, exchanged=cache.step, on_demand=_unpinned(cache.on_demand))
 
 
 def _update_group(

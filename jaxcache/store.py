@@ -6,6 +6,7 @@ import errno
 import operator
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from jaxcache import index
 from jaxcache.index import ABSENT
 from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
+from jaxcache.transfers import Transfers
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
@@ -233,6 +235,12 @@ class HostStore:
         exchanged: exchanges whose victims are home: the newest cache has made as many.
         unwritten: what kept victims from being written, until a later `flush` has written them.
         loaded: whether rows were loaded since the last exchange: caches that were filled before are stale.
+        transfers: what serves the programs that call `admit`.
+
+    In `with store:`, on the main thread, Ctrl-C costs no cache that a program with `admit` was given: it takes effect
+    at the next `admit`, after which the program changes nothing, and is raised by the next call on the host
+    (`jc.flush`, `store.raise_failure()`, the end of the block); a second one takes effect at once. The end of the block
+    waits for rows on their way home. `LookAhead` has a block of its own and needs none of this.
 
     >>> tables = {"user": Table(10**9, 2), "item": Table(40, 2), "word": Table(9, 3, frozen=True)}
     >>> store = HostStore(tables, optimizer=optax.sgd(0.1), seed=0)
@@ -257,12 +265,44 @@ class HostStore:
         self.exchanged = 0
         self.unwritten: BaseException | None = None
         self.loaded = False
+        self.transfers = Transfers(self.groups)
         self._pipeline: object | None = None
         self._behind = False
+        self._previous_handler: Any = None
 
     def __repr__(self):
         groups = "; ".join(group.describe() for group in self.groups)
         return f"HostStore({groups}; {self.rows_written:,} rows written, step {self.step})"
+
+    def __enter__(self) -> HostStore:
+        self.transfers.open()
+        on_main = threading.current_thread() is threading.main_thread()
+        # A program that handles Ctrl-C in its own way keeps its handler.
+        if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.transfers.close()
+        finally:
+            if self._previous_handler is not None:
+                signal.signal(signal.SIGINT, self._previous_handler)
+                self._previous_handler = None
+        if error is None:
+            self.raise_failure()
+
+    def _on_interrupt(self, number, frame) -> None:
+        if self.transfers.interrupted:
+            raise KeyboardInterrupt
+        self.transfers.interrupted = True
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong in a program that calls `admit`, or a Ctrl-C that came in `with store:`, once.
+
+        For loops that call such programs again and again: it looks at the host alone and waits for nothing.
+        """
+        self.transfers.raise_failure()
 
     @property
     def rows_written(self) -> int:
@@ -351,6 +391,7 @@ class HostStore:
             self._refuse_behind("loaded")
             weights.check_range()
             self.loaded = True
+            self.transfers.expire()
             group.fill(position, weights)
 
     def save(self, table: str, path: str | os.PathLike) -> None:
@@ -401,7 +442,8 @@ class HostStore:
     def _refuse_behind(self, done: str) -> None:
         if self._behind:
             raise RuntimeError(
-                f"the newest rows are still in the cache: call `cache = ahead.flush(cache)` before the store is {done}"
+                "the newest rows are still in the cache: call `cache = ahead.flush(cache)`, or without a LookAhead "
+                f"`cache = jc.flush(cache, store)`, before the store is {done}"
             )
 
     # What the pipeline tells the store, so that a second pipeline, a read of old rows and a stale cache are errors.
@@ -414,6 +456,7 @@ class HostStore:
                     "this store already serves an open LookAhead: leave its `with` block before a second is opened"
                 )
             self._pipeline = pipeline
+            self.transfers.expire()  # it trains another cache
 
     def close(self, pipeline: object) -> None:
         """Gives the store back."""
