@@ -22,7 +22,7 @@ import jaxcache as jc
 from jaxcache import kernels
 from jaxcache.features import FeatureLayout
 from jaxcache.optimizers import Rows
-from jaxcache.state import Counters, GroupExchange, GroupPlan, exchange_group
+from jaxcache.state import Counters, GroupExchange, GroupPlan, empty_cache, exchange_group
 
 SLOTS, UNIQUE, SAMPLES, LENGTH, WORDS = 1_000_000, 4096, 512, 20, 3000
 CHOICES = {
@@ -54,7 +54,7 @@ def programs(group: str, choice: str):
     """The step and the exchange: functions with their arguments."""
     table, optimizer = GROUPS[group]
     store = jc.HostStore({"table": table}, optimizer=optimizer)
-    cache = jax.eval_shape(lambda: jc.init(store, SLOTS, backends=CHOICES[choice]))
+    cache = jax.eval_shape(lambda: empty_cache(store, SLOTS, backends=CHOICES[choice]))
     features = (
         FeatureLayout("history", 0, "mean", (SAMPLES, LENGTH)),
         FeatureLayout("words", 0, "mean", (WORDS,), bags=SAMPLES, weighted=True),

@@ -14,6 +14,7 @@ import pytest
 import jaxcache as jc
 from jaxcache import pipeline
 from jaxcache.pipeline import _compile_exchange
+from jaxcache.state import empty_cache
 
 ADAM = optax.adam(0.05)
 TABLES = {
@@ -264,10 +265,10 @@ def test_evaluations_read_the_newest_rows_and_change_nothing(uncached):
 
 def test_init_needs_a_number_of_slots_for_each_group():
     store = make_store()
-    assert jc.init(store, [3, 4, 5]).slots == (3, 4, 5)
+    assert empty_cache(store, [3, 4, 5]).slots == (3, 4, 5)
     for slots in (3, [3, 4]):
         with pytest.raises(ValueError, match=r"the store has 3 groups of tables.*give each a number of slots"):
-            jc.init(store, slots)
+            empty_cache(store, slots)
 
 
 def test_counting_and_hot_batches_know_features():

@@ -23,6 +23,7 @@ from jaxcache import kernels
 from jaxcache.kernels import xla
 from jaxcache.kernels.cases import CASES, Case, Problem, named
 from jaxcache.optimizers import RowOptimizer, _known_rule
+from jaxcache.state import empty_cache
 from oracle import in_order, tree_sum
 
 YES, NO = np.array(True), np.array(False)
@@ -511,10 +512,10 @@ def test_a_backend_that_refuses_is_passed_over(backends):
 
 def test_the_choice_travels_with_the_cache():
     store = jc.HostStore({"user": jc.Table(10, 4)}, optimizer=optax.sgd(0.1))
-    assert jc.init(store, 4).backends == kernels.XLA
-    cache = jax.eval_shape(lambda: jc.init(store, 4, backends=kernels.Choice(("triton",), ("triton",), ("xla",))))
+    assert empty_cache(store, 4).backends == kernels.XLA
+    cache = jax.eval_shape(lambda: empty_cache(store, 4, backends=kernels.Choice(("triton",), ("triton",), ("xla",))))
     assert cache.backends.gather == ("triton",)
-    assert jax.tree.structure(cache) != jax.tree.structure(jc.init(store, 4))  # so a step is compiled for each
+    assert jax.tree.structure(cache) != jax.tree.structure(empty_cache(store, 4))  # so a step is compiled for each
     with pytest.raises(ValueError, match="backends: got 'fast'"):
         jc.LookAhead(store, [], ids=dict, slots=4, backends="fast")
 

@@ -13,7 +13,7 @@ import pytest
 import jaxcache as jc
 from jaxcache import kernels
 from jaxcache.features import FeatureLayout
-from jaxcache.state import Counters, GroupExchange, GroupPlan, exchange_group
+from jaxcache.state import Counters, GroupExchange, GroupPlan, empty_cache, exchange_group
 
 # A run
 
@@ -165,7 +165,7 @@ tables = pytest.mark.parametrize("table", [*list(TABLES)[:2], pytest.param("bflo
 def abstract_cache(table: str) -> jc.CacheState:
     """As many slots as there can be."""
     store = jc.HostStore({"table": TABLES[table]}, optimizer=optax.adam(0.1))
-    return jax.eval_shape(lambda: jc.init(store, LARGEST))
+    return jax.eval_shape(lambda: empty_cache(store, LARGEST))
 
 
 def abstract_plan() -> jc.Plan:

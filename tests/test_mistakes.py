@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxcache as jc
+from jaxcache.state import empty_cache
 from training import ROWS, TABLES, dense_start, make_batches, make_store, most_unique_rows, train, train_step
 
 BATCHES = make_batches(21, ["uniform"] * 12)
@@ -208,7 +209,7 @@ def test_calls_out_of_place():
         with pytest.raises(RuntimeError, match="after start"):
             next(ahead)
         with pytest.raises(RuntimeError, match="started pipeline"):
-            ahead.flush(jc.init(ahead._store, 20))
+            ahead.flush(empty_cache(ahead._store, 20))
         cache = ahead.start()
         with pytest.raises(RuntimeError, match="start\\(\\) was called already"):
             ahead.start()
@@ -221,7 +222,7 @@ def test_calls_out_of_place():
 
 
 def test_a_cache_of_another_configuration():
-    other = jc.init(make_store("adagrad"), 21)
+    other = empty_cache(make_store("adagrad"), 21)
     with look_ahead() as ahead:
         ahead.start()
         _, plan = next(ahead)

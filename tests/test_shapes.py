@@ -15,7 +15,7 @@ import pytest
 import jaxcache as jc
 from jaxcache.features import FeatureLayout
 from jaxcache.optimizers import Rows
-from jaxcache.state import Counters, GroupExchange, exchange_group
+from jaxcache.state import Counters, GroupExchange, empty_cache, exchange_group
 from training import (
     OPTIMIZERS,
     SAMPLES,
@@ -140,7 +140,7 @@ def test_nothing_of_buffer_size_is_copied(optimizer):
     slots, unique, samples, dim = 200_000, 64, 32, 16
     tables = {"user": jc.Table(10**6, dim), "item": jc.Table(10**6, dim)}
     store = jc.HostStore(tables, optimizer=OPTIMIZERS[optimizer]())
-    state = jax.eval_shape(lambda: jc.init(store, slots))
+    state = jax.eval_shape(lambda: empty_cache(store, slots))
     shape = jax.ShapeDtypeStruct
 
     def compiled(function, *arguments):

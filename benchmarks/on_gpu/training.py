@@ -21,7 +21,7 @@ import optax
 import jaxcache as jc
 from embedding import MODEL_OPTIMIZER, inputs_of, make_model
 from jaxcache import kernels
-from jaxcache.state import slot_entries
+from jaxcache.state import empty_cache, slot_entries
 from synthetic import DENSE_FEATURES
 
 SCATTER = 2_654_435_761  # a prime: popular rows lie scattered over a table
@@ -177,7 +177,7 @@ def on_device(optimizer: jc.RowOptimizer, rows: int) -> kernels.Slots:
 
 def filled(store: jc.HostStore, slots: int, keys: np.ndarray) -> jc.CacheState:
     """A cache that holds the untrained rows at `keys`, the hottest first; the coldest are the first to go."""
-    (rows,), cached = store.groups, jc.init(store, slots)
+    (rows,), cached = store.groups, empty_cache(store, slots)
     entries = np.full((slots, 3), jc.GroupCache.FREE, np.int32)
     entries[: len(keys)] = slot_entries(rows.group, keys[::-1])
     (group,) = cached.groups
