@@ -928,8 +928,9 @@ def _check_admit(
             )
         if wrong:
             raise ValueError(
-                f"admit, step {step}: feature {name!r} has id {first} and {wrong - 1} more that are out of range; ids "
-                f"must lie in 0 to {rows - 1} (Table(rows={rows}))"
+                f"admit, step {step}: feature {name!r} has id {first}"
+                + (f", and {wrong - 1} more that are out of range" if wrong > 1 else "")
+                + f"; ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
             )
     for part, bound, (number, missing, room, *_) in zip(store.groups, unique_bounds, figures.tolist(), strict=True):
         names = ", ".join(part.group.names)
