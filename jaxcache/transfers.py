@@ -91,7 +91,7 @@ class Transfers:
         self.interrupted = False
         self.calls = 0
         self.counted = np.zeros((len(self._groups), 6), np.int64)
-        self._closed = False
+        self._opened = self._closed = False
         self._returning: deque[_Victims] = deque()
         self._write_error: BaseException | None = None
         self._prefetches: deque[_Prefetch] = deque()
@@ -271,13 +271,15 @@ class Transfers:
             self._prefetches.clear()
 
     def open(self) -> None:
-        """Lets programs move rows again after `close`."""
-        self._closed = False
+        """Lets programs move rows until `close`, after which they may no more. Raises RuntimeError if it was open."""
+        if self._opened:
+            raise RuntimeError("this store is open: `with store:` cannot be nested, enter it once around all programs")
+        self._opened, self._closed = True, False
 
     def close(self) -> None:
         """Refuses everything from now on, and waits for victims on their way home and for the threads."""
         with self._changed:
-            self._closed = True
+            self._opened, self._closed = False, True
             self._prefetches.clear()
             writer, reader, self._writer, self._reader = self._writer, self._reader, None, None
         for pool in (writer, reader):
