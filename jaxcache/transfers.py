@@ -143,12 +143,17 @@ class Transfers:
         """
         with self._changed:
             prefetches = list(self._prefetches)
+        source = None
         for prefetch in prefetches:
             positions = prefetch.parts[group].find(keys)
             found = positions != ABSENT
             found[found] = ~prefetch.stale[group][positions[found]]
-            if not found.any():
-                continue
+            if found.any() and source is None:
+                source = prefetch, positions, found
+            # What is in the cache now may change there: it must not be handed out once more.
+            prefetch.stale[group][positions[found]] = True
+        if source is not None:
+            prefetch, positions, found = source
             prefetch.used = True
             ahead: Rows = self._arrived(prefetch.future)[group]
             first = int(positions[0])
