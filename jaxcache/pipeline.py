@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import signal
 import threading
 import time
 from collections import deque
@@ -24,8 +23,10 @@ from jaxcache import kernels
 from jaxcache.batches import Batch, Lookups, Shapes, doubled, fingerprint, padded, roomy
 from jaxcache.blocks import Moves, TrainStep, block_lengths, block_program, check_stacked, content_kind, stack
 from jaxcache.capacity import MEASURED_BATCHES, Capacity
+from jaxcache.chunks import bring_in, write_dirty_rows
 from jaxcache.features import Feature, FeatureLayout, Features
 from jaxcache.index import ABSENT
+from jaxcache.interrupts import Interrupts
 from jaxcache.optimizers import Rows
 from jaxcache.planner import (
     REMEMBERED_BATCHES,
@@ -58,7 +59,6 @@ _RETURNING_BATCHES = 3  # exchanges whose victims are on their way home
 _SIZE_CLASSES = 8  # of an exchange, each half the one above, down to
 _SMALLEST_EXCHANGE = 64  # rows
 _BLOCKS_AHEAD = 3  # from the one that is being collected to the one whose victims are on their way home
-_CHUNK_ROWS = 65_536  # rows moved at a time by `flush` and when every row is brought in
 _POLL_SECONDS = 0.05  # how often a waiting main thread looks for Ctrl-C
 
 
@@ -347,8 +347,7 @@ class LookAhead:
         self._flushed_before_update = False
         self._number = 0
         self._handed_over: float | None = None
-        self._interrupted = False
-        self._previous_handler: Any = None
+        self._interrupts = Interrupts()
 
     # Life
 
@@ -357,10 +356,7 @@ class LookAhead:
             raise RuntimeError("this LookAhead was used already: make a new one for another pass")
         self._store.open(self)
         self._entered = True
-        on_main = threading.current_thread() is threading.main_thread()
-        # A program that handles Ctrl-C in its own way keeps its handler.
-        if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        self._interrupts.install()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -381,24 +377,13 @@ class LookAhead:
             # Also if an impatient second Ctrl-C came in between.
             self._returning.close()
             self._store.close(self)
-            if self._previous_handler is not None:
-                signal.signal(signal.SIGINT, self._previous_handler)
+            self._interrupts.remove()
         if error is None:
             if not self._write_error_seen:
                 self._raise_write_error()
-            self._raise_if_interrupted()
+            self._interrupts.raise_if_noted()
         elif self._write_error is not None and error is not self._write_error:
             error.add_note(f"besides, rows could not be written back: {self._write_error!r}")
-
-    def _on_interrupt(self, number, frame) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-
-    def _raise_if_interrupted(self) -> None:
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
 
     def start(self, cache: CacheState | None = None) -> CacheState:
         """Starts to draw and plan, and returns the cache to train with.
@@ -526,13 +511,13 @@ class LookAhead:
         occupied, keys = slot_keys(group, np.array(state.slot_table))
         if self._resident[number]:
             if len(keys) == 0:
-                state = self._bring_in(number, state, np.arange(slots, dtype=np.int64))
+                state = bring_in(state, self._store.groups[number], np.arange(slots, dtype=np.int64), self._choice)
             elif len(keys) != slots or not (keys == occupied).all():
                 raise ValueError("start(cache) with every row on the device needs a cache from such a run")
             return ResidentPlanner(group), state
         if len(keys) == 0:
             warm = self._policy.warm_keys(group, slots)[::-1]  # the hottest is to go last
-            state = self._bring_in(number, state, warm)
+            state = bring_in(state, self._store.groups[number], warm, self._choice)
             self._report.groups[group.name].rows_warmed = len(warm)
             occupied, keys = slot_keys(group, np.array(state.slot_table))
         # The rows looked up least come first in the order of eviction.
@@ -551,20 +536,6 @@ class LookAhead:
             workers=workers,
         )
         return planner, state
-
-    def _bring_in(self, number: int, state: GroupCache, keys: np.ndarray) -> GroupCache:
-        """Fills the first slots of an empty group with the rows at `keys`."""
-        size = min(_CHUNK_ROWS, self._slots[number])
-        insert = self._exchange_program(number, size)
-        step = jnp.array(self._first_step, jnp.int32)
-        counters = Counters(step, step, jnp.array(CacheState.NO_FAULT, jnp.int32))
-        for first in range(0, len(keys), size):
-            part = keys[first : first + size]
-            slots = np.arange(first, first + len(part), dtype=np.int32)
-            exchange = self._group_exchange(number, part, slots, size)
-            contents, _ = insert(state.contents, counters, jax.tree.map(jnp.asarray, exchange), step)
-            state = state.holding(contents)
-        return state
 
     # The caller's side
 
@@ -663,7 +634,7 @@ class LookAhead:
 
     def _next_ready(self) -> Any:
         """What was collected next, or _END."""
-        self._raise_if_interrupted()
+        self._interrupts.raise_if_noted()
         if isinstance(self._current, _Block):
             raise RuntimeError(
                 f"the block up to batch {self._number - 1} was not scanned: the first line of the loop must be "
@@ -701,7 +672,7 @@ class LookAhead:
             Exception: what an earlier write-back raised.
         """
         self._require_running("exchange")
-        self._raise_if_interrupted()
+        self._interrupts.raise_if_noted()
         self._check_cache(cache, "exchange")
         ready = self._current
         if self._steps is not None:
@@ -764,7 +735,7 @@ class LookAhead:
             Exception: what an earlier write-back raised.
         """
         self._require_running("scan")
-        self._raise_if_interrupted()
+        self._interrupts.raise_if_noted()
         self._check_cache(cache, "scan")
         block = self._current
         if not isinstance(block, _Block):
@@ -821,7 +792,7 @@ class LookAhead:
         with self._progress:
             while self._landed < self._exchanged and self._write_error is None:
                 self._progress.wait(_POLL_SECONDS)
-                self._raise_if_interrupted()
+                self._interrupts.raise_if_noted()
             self._raise_write_error()
         newest, found = self._store.exchanged, int(cache.exchanged)  # waits for the step
         if found != newest:
@@ -848,7 +819,7 @@ class LookAhead:
         with self._progress:
             while self._landed < number and self._write_error is None:
                 self._progress.wait(_POLL_SECONDS)
-                self._raise_if_interrupted()
+                self._interrupts.raise_if_noted()
             self._raise_write_error()
         # While victims are being written the step waits for them; the rest of the time the device is at work.
         waited = min(time.perf_counter() - started, self._stages["write-back"].busy - written)
@@ -901,7 +872,8 @@ class LookAhead:
                     "rows were loaded into the store since this cache was flushed, and it would write its older ones "
                     "over them: start() a new cache, and assign what flush returns, `cache = ahead.flush(cache)`"
                 )
-            self._write_dirty_rows(cache)
+            for report, written in zip(self._report.groups.values(), write_dirty_rows(cache, self._store), strict=True):
+                report.rows_flushed += written
             self._flushed_before_update = int(cache.step) < found
             fault = int(cache.fault)
             if faulty is None and fault != CacheState.NO_FAULT:
@@ -922,21 +894,6 @@ class LookAhead:
             self._land(self._landing)
             self._landing = None
         self._store.unwritten, self._write_error_seen = None, True
-
-    def _write_dirty_rows(self, cache: CacheState) -> None:
-        for state, rows in zip(cache.groups, self._store.groups, strict=True):
-            dirty = np.flatnonzero(np.array(state.dirty))
-            occupied, keys = slot_keys(rows.group, np.array(state.slot_table))
-            key_of = np.zeros(state.slots, np.int64)
-            key_of[occupied] = keys
-            size = min(_CHUNK_ROWS, state.slots)
-            for first in range(0, len(dirty), size):
-                slots = dirty[first : first + size]
-                newest = _read_rows(state.buffer, padded(slots.astype(np.int32), size, state.slots))
-                self._write_home(rows, key_of[slots], newest, slice(0, len(slots)))
-            self._report.groups[rows.group.name].rows_flushed += len(dirty)
-        scalars = tuple(tuple(np.array(scalar) for scalar in state.scalars) for state in cache.groups)
-        self._store.catch_up(scalars, int(cache.step))
 
     @staticmethod
     def _write_home(store: RowStore, keys: np.ndarray, rows: Rows, part: slice | np.ndarray) -> None:
@@ -962,7 +919,7 @@ class LookAhead:
         cache = self.flush(cache)
         shapes, outputs = self._evaluation_shapes, []
         for number, content in enumerate(loader):
-            self._raise_if_interrupted()
+            self._interrupts.raise_if_noted()
             batch = Batch.read(content, self._ids, self._features, hold=False)
             found = [
                 np.unique(part.keys(rows.group), return_inverse=True, return_counts=True)
@@ -1046,7 +1003,7 @@ class LookAhead:
             )
 
     def _poll(self) -> None:
-        self._raise_if_interrupted()
+        self._interrupts.raise_if_noted()
         self._raise_errors()
 
     def _raise_errors(self) -> None:
