@@ -331,7 +331,9 @@ def admit(
             admitted=mode.admitted + (accepted > 0).astype(jnp.int32),
         ),
     )
-    return cache, batch.plan([group_plan(search.unique_slots, search.inverse) for search in searches], cache.step)
+    return cache, batch.plan(
+        [group_plan(search.unique_slots, search.inverse) for search in searches], mode.pinned_after
+    )
 
 
 def prefetch(

@@ -212,7 +212,8 @@ class Plan:
         weights: for features whose ids have weights, `float32[L]` by name, L being the feature's ids.
         bags: for features with ragged bags, the bag of each id, `int32[L]` by name; padding is the number of bags.
         offsets: for the same, where each bag begins among the feature's ids, `int32[B + 1]` by name.
-        step: `int32[]`, the number of the batch: the updates that come before it.
+        step: `int32[]`, the number of the batch: the updates that come before it; on demand, the calls of `admit` that
+            come before its step.
         samples: `int32[]`, samples in the batch, without padding.
         features: the layout of each feature's ids, static; the first axis is of samples.
     """
@@ -289,7 +290,8 @@ def _init_group(rows: RowStore, slots: int) -> GroupCache:
 
 def _ready(cache: CacheState, plan: Plan) -> jax.Array:
     """Whether `cache` stands between the exchange and the update of the batch of `plan`."""
-    return (cache.step == plan.step) & (cache.exchanged == plan.step + 1) & (cache.fault == CacheState.NO_FAULT)
+    begun = cache.step if cache.on_demand is None else cache.on_demand.pinned_after
+    return (plan.step == begun) & (cache.exchanged == cache.step + 1) & (cache.fault == CacheState.NO_FAULT)
 
 
 def lookup(cache: CacheState, plan: Plan) -> dict[str, jax.Array]:
