@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -158,6 +159,84 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
         for name, value in summary.items()
     }
     path.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+
+
+# On-demand mode.
+
+POLICIES = {"lru": jc.lru, "lfu": jc.lfu}
+
+
+def count_rows(cache: jc.CacheState, plan: jc.Plan) -> dict[str, jax.Array]:
+    """Count a step's unique rows and those of them that were fetched, between its `jc.admit` and its `jc.update`.
+
+    A row that has just come in has no lookups yet.
+    """
+    unique, fetched = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    for state, part in zip(cache.groups, plan.groups, strict=True):
+        lookups = state.counts.at[part.unique_slots].get(mode="fill", fill_value=-1)
+        unique += jnp.sum(lookups >= 0, dtype=jnp.int32)
+        fetched += jnp.sum(lookups == 0, dtype=jnp.int32)
+    return {"unique_rows": unique, "rows_fetched": fetched}
+
+
+class DispatchProgress:
+    """A line for each dispatch of several steps, and the speed from the second one on: the first one compiles."""
+
+    def __init__(self) -> None:
+        self._steps, self._unique_rows, self._rows_fetched = 0, 0, 0
+        self._loss = float("nan")
+        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._last = time.perf_counter()
+
+    def dispatch(self, figures: dict[str, np.ndarray]) -> None:
+        """Count the steps of a dispatch that is done, with what `count_rows` returned and "loss", [steps] each."""
+        now, steps = time.perf_counter(), len(figures["loss"])
+        if self._steps:
+            self._timed_steps += steps
+            self._timed_seconds += now - self._last
+        self._steps += steps
+        unique_rows, fetched = int(figures["unique_rows"].sum()), int(figures["rows_fetched"].sum())
+        self._unique_rows += unique_rows
+        self._rows_fetched += fetched
+        self._loss = float(figures["loss"].mean())
+        print(
+            f"step {self._steps:5,}: loss {self._loss:.4f}, {steps / (now - self._last):.0f} steps/s, "
+            f"hit rate {1 - fetched / unique_rows:.1%}, {fetched / steps:,.0f} rows fetched a step",
+            flush=True,
+        )
+        self._last = now
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the run; the loss is the mean of the last dispatch."""
+        return {
+            "steps": self._steps,
+            "loss": self._loss,
+            "steps_per_second": self._timed_steps / self._timed_seconds if self._timed_steps else float("nan"),
+            "hit_rate": 1 - self._rows_fetched / self._unique_rows,
+            "rows_fetched": self._rows_fetched,
+        }
+
+
+def add_on_demand_flags(parser: argparse.ArgumentParser, slots: str, steps: int, steps_per_dispatch: int) -> None:
+    """Add the flags that the examples of on-demand mode share, with these defaults."""
+    add = parser.add_argument
+    help = "rows on the device, as a number or a share; 100%% for all (%(default)s)"
+    add("--slots", type=number_or_share, default=slots, help=help)
+    add("--policy", choices=POLICIES, default="lru", help="which rows make room (%(default)s)")
+    help = "read the rows of the next step on the host meanwhile"
+    add("--prefetch", action=argparse.BooleanOptionalAction, default=False, help=help)
+    add("--steps", type=positive_integer, default=steps, help="steps to train (%(default)s)")
+    help = "steps that one call of the program makes (%(default)s)"
+    add("--steps-per-dispatch", type=positive_integer, default=steps_per_dispatch, help=help)
+    add("--seed", type=seed_number, default=0, help="of data, rows and model (%(default)s)")
+    add("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
+
+
+def number_of_slots(slots: int | str, rows: int) -> int:
+    """Return --slots as a number of rows, which are `rows` in all."""
+    if isinstance(slots, str):
+        return max(1, int(rows * float(slots.rstrip("%")) / 100))
+    return min(slots, rows)
 
 
 def positive_integer(text: str) -> int:
