@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -161,59 +160,49 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
-# On-demand mode.
-
 POLICIES = {"lru": jc.lru, "lfu": jc.lfu}
 
 
-def count_rows(cache: jc.CacheState, plan: jc.Plan) -> dict[str, jax.Array]:
-    """Count a step's unique rows and those of them that were fetched, between its `jc.admit` and its `jc.update`.
-
-    A row that has just come in has no lookups yet.
-    """
-    unique, fetched = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    for state, part in zip(cache.groups, plan.groups, strict=True):
-        lookups = state.counts.at[part.unique_slots].get(mode="fill", fill_value=-1)
-        unique += jnp.sum(lookups >= 0, dtype=jnp.int32)
-        fetched += jnp.sum(lookups == 0, dtype=jnp.int32)
-    return {"unique_rows": unique, "rows_fetched": fetched}
-
-
 class DispatchProgress:
-    """A line for each dispatch of several steps, and the speed from the second one on: the first one compiles."""
+    """On-demand mode: a line for each dispatch of several steps, and the speed from the second one on.
 
-    def __init__(self) -> None:
-        self._steps, self._unique_rows, self._rows_fetched = 0, 0, 0
-        self._loss = float("nan")
-        self._timed_steps, self._timed_seconds = 0, 0.0
-        self._last = time.perf_counter()
+    The first dispatch is left out of the speed because it compiles.
+    """
 
-    def dispatch(self, figures: dict[str, np.ndarray]) -> None:
-        """Count the steps of a dispatch that is done, with what `count_rows` returned and "loss", [steps] each."""
-        now, steps = time.perf_counter(), len(figures["loss"])
-        if self._steps:
-            self._timed_steps += steps
-            self._timed_seconds += now - self._last
-        self._steps += steps
-        unique_rows, fetched = int(figures["unique_rows"].sum()), int(figures["rows_fetched"].sum())
-        self._unique_rows += unique_rows
-        self._rows_fetched += fetched
-        self._loss = float(figures["loss"].mean())
+    def __init__(self, store: jc.HostStore) -> None:
+        self._store, self._report, self._loss = store, None, float("nan")
+        self._start = self._last = time.perf_counter()
+        self._steps, self._first_steps = 0, 0
+
+    def dispatch(self, cache: jc.CacheState, losses: np.ndarray) -> None:
+        """Count the steps of a dispatch that is done, with their losses, float32 [steps]."""
+        report, now, steps = jc.report(cache, self._store), time.perf_counter(), len(losses)
+        self._steps, self._loss = self._steps + steps, float(losses.mean())
+        unique_rows, fetched = report.unique_rows, report.rows_fetched
+        if self._report is None:
+            self._start, self._first_steps = now, steps
+        else:
+            unique_rows, fetched = unique_rows - self._report.unique_rows, fetched - self._report.rows_fetched
         print(
             f"step {self._steps:5,}: loss {self._loss:.4f}, {steps / (now - self._last):.0f} steps/s, "
             f"hit rate {1 - fetched / unique_rows:.1%}, {fetched / steps:,.0f} rows fetched a step",
             flush=True,
         )
-        self._last = now
+        self._report, self._last = report, now
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures of the run; the loss is the mean of the last dispatch."""
+        """Return the figures of the run as `write_summary` writes them; the loss is the last dispatch's mean."""
+        report, timed = self._report, self._steps - self._first_steps
         return {
             "steps": self._steps,
             "loss": self._loss,
-            "steps_per_second": self._timed_steps / self._timed_seconds if self._timed_steps else float("nan"),
-            "hit_rate": 1 - self._rows_fetched / self._unique_rows,
-            "rows_fetched": self._rows_fetched,
+            "steps_per_second": timed / (self._last - self._start) if timed else float("nan"),
+            "hit_rate": report.hit_rate,
+            "rows_fetched": report.rows_fetched,
+            "rows_written_back": report.rows_written_back,
+            "slots": report.slots,
+            "device_bytes": report.device_bytes,
+            "table_bytes": report.table_bytes,
         }
 
 

@@ -27,7 +27,6 @@ from common import (
     POLICIES,
     DispatchProgress,
     add_on_demand_flags,
-    count_rows,
     number_of_slots,
     positive_integer,
     write_summary,
@@ -126,10 +125,9 @@ def split(
 
 
 def make_train(store: jc.HostStore, clicks: Clicks, batch_size: int, prefetch: bool) -> Callable[..., Any]:
-    """Return `train(cache, pairs, keys) -> (cache, figures)`: a step for each key but the last, in one dispatch.
+    """Return `train(cache, pairs, keys) -> (cache, losses)`, which makes a step for each key but the last.
 
-    `pairs` are the training clicks, int32 [N, 2]. The figures are the loss of each step, its unique rows, and how many
-    of them were fetched.
+    `pairs` are the training clicks, int32 [N, 2]. The last key is that of the step to come, for the prefetch.
     """
 
     def draw(pairs: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
@@ -147,15 +145,14 @@ def make_train(store: jc.HostStore, clicks: Clicks, batch_size: int, prefetch: b
         return jnp.mean(jnp.logaddexp(clicked, others) - clicked) + L2 * squares
 
     @partial(jax.jit, donate_argnums=0)
-    def train(cache: jc.CacheState, pairs: jax.Array, keys: jax.Array) -> tuple[jc.CacheState, dict[str, jax.Array]]:
-        def step(cache: jc.CacheState, keys: tuple[jax.Array, jax.Array]) -> tuple[jc.CacheState, dict[str, jax.Array]]:
+    def train(cache: jc.CacheState, pairs: jax.Array, keys: jax.Array) -> tuple[jc.CacheState, jax.Array]:
+        def step(cache: jc.CacheState, keys: tuple[jax.Array, jax.Array]) -> tuple[jc.CacheState, jax.Array]:
             now, later = keys
             cache, plan = jc.admit(cache, store, draw(pairs, now), FEATURES)
             if prefetch:  # the host reads the rows of the next step while the device computes this one
                 cache = jc.prefetch(cache, store, draw(pairs, later), FEATURES)
-            figures = count_rows(cache, plan)
             loss, row_gradients = jax.value_and_grad(loss_of)(jc.lookup(cache, plan))
-            return jc.update(cache, plan, row_gradients), {"loss": loss, **figures}
+            return jc.update(cache, plan, row_gradients), loss
 
         return jax.lax.scan(step, cache, (keys[:-1], keys[1:]))
 
@@ -195,32 +192,33 @@ def run(arguments: argparse.Namespace, clicks: Clicks) -> dict[str, Any]:
     pairs = jnp.asarray(clicks.train)
     # What a step draws depends on its number alone, and not on how many steps make a dispatch.
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(arguments.seed)))(jnp.arange(arguments.steps + 1))
-    progress = DispatchProgress()
+    progress = DispatchProgress(store)
     with store:
         cache = jc.init(store, slots, POLICIES[arguments.policy]())
         for first in range(0, arguments.steps, arguments.steps_per_dispatch):
             last = min(first + arguments.steps_per_dispatch, arguments.steps)
-            cache, figures = train(cache, pairs, keys[first : last + 1])
-            figures = jax.device_get(figures)  # waits for the dispatch
+            cache, losses = train(cache, pairs, keys[first : last + 1])
+            losses = np.asarray(losses)  # waits for the dispatch
             store.raise_failure()  # too few slots, Ctrl-C: what cannot be raised inside the program
-            progress.dispatch(figures)
+            progress.dispatch(cache, losses)
         cache = jc.flush(cache, store)  # the store now holds everything
 
     items = store.rows("item", np.arange(clicks.items))
-    popularity = np.bincount(clicks.train[:, 1], minlength=clicks.items)
+    popularity = np.bincount(clicks.train[:, 1], minlength=clicks.items).astype(np.float32)
     recalls = {
         "recall": recall(clicks, arguments.k, lambda users: store.rows("user", users) @ items.T),
-        "popularity": recall(
-            clicks, arguments.k, lambda users: np.tile(popularity.astype(np.float32), (len(users), 1))
-        ),
+        "popularity": recall(clicks, arguments.k, lambda users: np.tile(popularity, (len(users), 1))),
         "ceiling": recall(clicks, arguments.k, clicks.planted) if clicks.planted else None,
     }
+    summary = recalls | progress.summary()
+    print(f"\n{summary['steps_per_second']:,.0f} steps/s, hit rate {summary['hit_rate']:.1%}")
+    print(f"bytes on the device {summary['device_bytes']:,}, of the whole tables {summary['table_bytes']:,}")
     ceiling = f", ceiling (the planted factors' own) {recalls['ceiling']:.4f}" if clicks.planted else ""
     print(
         f"recall@{arguments.k} of {len(clicks.test):,} held-out clicks {recalls['recall']:.4f}, "
         f"of the most popular items {recalls['popularity']:.4f}{ceiling}"
     )
-    return recalls | progress.summary() | {"slots": slots, "rows": rows, "rows_written": store.rows_written}
+    return summary
 
 
 def make_parser() -> argparse.ArgumentParser:
