@@ -97,7 +97,8 @@ def read_clicks(path: Path, seed: int) -> Clicks:
     columns = [ids[:, 0] for ids in trace.ids.values()]
     if len(columns) == 1 and path.suffix == ".npz":
         with np.load(path) as file:
-            columns.insert(0, np.unique(file["session"], return_inverse=True)[1].reshape(-1))
+            if "session" in file:
+                columns.insert(0, np.unique(file["session"], return_inverse=True)[1])
     if len(columns) < 2:
         raise ValueError(f"{path}: expected two fields, user and item, or one and an array 'session'")
     users, items = (int(column.max()) + 1 for column in columns[:2])
@@ -171,7 +172,9 @@ def recall(clicks: Clicks, k: int, scores_of: Callable[[np.ndarray], np.ndarray]
         seen = clicks.train[np.isin(clicks.train[:, 0], users)]
         target = scores[np.arange(len(part)), items][:, None]
         scores[np.searchsorted(users, seen[:, 0]), seen[:, 1]] = -np.inf
-        found += np.count_nonzero((~(scores < target)).sum(axis=1) <= k)  # a tie counts against it, and so does a NaN
+        found += int(
+            np.count_nonzero((~(scores < target)).sum(axis=1) <= k)
+        )  # a tie counts against it, and so does a NaN
     return found / len(clicks.test)
 
 

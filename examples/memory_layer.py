@@ -123,14 +123,14 @@ def draw(pairs: Pairs, key: jax.Array, batch_size: int) -> Pairs:
     return Pairs(pairs.keys[chosen], pairs.values[chosen])
 
 
-def test_batches(pairs: Pairs, batch_size: int) -> jax.Array:
-    """Return the keys of all pairs in batches, int32 [batches, B, LENGTH]; the last one starts over."""
-    batches = -(-len(pairs.keys) // batch_size)
-    return jnp.resize(pairs.keys, (batches, batch_size, LENGTH))
+def in_batches(keys: jax.Array, batch_size: int) -> jax.Array:
+    """Return keys [N, LENGTH] in batches, int32 [batches, B, LENGTH]; the last one starts over."""
+    batches = -(-len(keys) // batch_size)
+    return jnp.resize(keys, (batches, batch_size, LENGTH))
 
 
 def accuracy(logits: jax.Array, pairs: Pairs) -> float:
-    """Return the share of pairs that are recalled, from the logits of `test_batches`, [batches, B, VALUES]."""
+    """Return the share of pairs that are recalled, from the logits of `in_batches`, [batches, B, VALUES]."""
     best = np.argmax(np.asarray(logits).reshape(-1, VALUES), axis=1)[: len(pairs.values)]
     return float(np.mean(best == np.asarray(pairs.values)))
 
@@ -156,7 +156,7 @@ def train_plain(arguments: argparse.Namespace, pairs: Pairs, keys: jax.Array) ->
         return jax.lax.scan(step, state, keys)[0]
 
     state = train(DenseState(parameters, optimizer.init(parameters)), keys[:-1])
-    logits = jax.lax.map(partial(logits_of, state.parameters), test_batches(pairs, arguments.batch_size))
+    logits = jax.lax.map(partial(logits_of, state.parameters), in_batches(pairs.keys, arguments.batch_size))
     return accuracy(logits, pairs)
 
 
@@ -230,7 +230,7 @@ def train_with_memory(arguments: argparse.Namespace, pairs: Pairs, keys: jax.Arr
             losses = np.asarray(losses)  # waits for the dispatch
             store.raise_failure()  # too few slots, Ctrl-C: what cannot be raised inside the program
             progress.dispatch(cache, losses)
-        cache, logits = test(cache, state, test_batches(pairs, batch_size))
+        cache, logits = test(cache, state, in_batches(pairs.keys, batch_size))
         cache = jc.flush(cache, store)  # the store now holds everything
     return accuracy(logits, pairs), progress.summary()
 
