@@ -275,7 +275,7 @@ class HostStore:
         return f"HostStore({groups}; {self.rows_written:,} rows written, step {self.step})"
 
     def __enter__(self) -> HostStore:
-        self.transfers.open()
+        self.transfers.open()  # raises if it is open
         on_main = threading.current_thread() is threading.main_thread()
         # A program that handles Ctrl-C in its own way keeps its handler.
         if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

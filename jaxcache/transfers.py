@@ -91,7 +91,7 @@ class Transfers:
         self.interrupted = False
         self.calls = 0
         self.counted = np.zeros((len(self._groups), 6), np.int64)
-        self._closed = False
+        self._opened = self._closed = False
         self._returning: deque[_Victims] = deque()
         self._write_error: BaseException | None = None
         self._prefetches: deque[_Prefetch] = deque()
@@ -143,12 +143,17 @@ class Transfers:
         """
         with self._changed:
             prefetches = list(self._prefetches)
+        source = None
         for prefetch in prefetches:
             positions = prefetch.parts[group].find(keys)
             found = positions != ABSENT
             found[found] = ~prefetch.stale[group][positions[found]]
-            if not found.any():
-                continue
+            if found.any() and source is None:
+                source = prefetch, positions, found
+            # What is in the cache now may change there: it must not be handed out once more.
+            prefetch.stale[group][positions[found]] = True
+        if source is not None:
+            prefetch, positions, found = source
             prefetch.used = True
             ahead: Rows = self._arrived(prefetch.future)[group]
             first = int(positions[0])
@@ -271,13 +276,15 @@ class Transfers:
             self._prefetches.clear()
 
     def open(self) -> None:
-        """Lets programs move rows again after `close`."""
-        self._closed = False
+        """Lets programs move rows until `close`, after which they may no more. Raises RuntimeError if it was open."""
+        if self._opened:
+            raise RuntimeError("this store is open: `with store:` cannot be nested, enter it once around all programs")
+        self._opened, self._closed = True, False
 
     def close(self) -> None:
         """Refuses everything from now on, and waits for victims on their way home and for the threads."""
         with self._changed:
-            self._closed = True
+            self._opened, self._closed = False, True
             self._prefetches.clear()
             writer, reader, self._writer, self._reader = self._writer, self._reader, None, None
         for pool in (writer, reader):
