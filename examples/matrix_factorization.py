@@ -172,9 +172,8 @@ def recall(clicks: Clicks, k: int, scores_of: Callable[[np.ndarray], np.ndarray]
         seen = clicks.train[np.isin(clicks.train[:, 0], users)]
         target = scores[np.arange(len(part)), items][:, None]
         scores[np.searchsorted(users, seen[:, 0]), seen[:, 1]] = -np.inf
-        found += int(
-            np.count_nonzero((~(scores < target)).sum(axis=1) <= k)
-        )  # a tie counts against it, and so does a NaN
+        above = ~(scores < target)  # and the item itself: a tie counts against it, and so does a NaN
+        found += int(np.count_nonzero(above.sum(axis=1) <= k))
     return found / len(clicks.test)
 
 
