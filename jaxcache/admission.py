@@ -253,8 +253,7 @@ def _serve(
     except BaseException as error:
         transfers.keep(error)
     transfers.admitted = before
-    none = np.zeros(0, np.int64)
-    refused = tuple(part.read(none, size) for part, size in zip(store.groups, sizes, strict=True))
+    refused = tuple(part.allocate(size) for part, size in zip(store.groups, sizes, strict=True))
     return np.int32(CacheState.ADMIT_FAILED), refused
 
 

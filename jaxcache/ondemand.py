@@ -19,7 +19,7 @@ from jaxcache.features import Feature
 from jaxcache.policies import Policy, lru
 from jaxcache.report import GroupReport, Report
 from jaxcache.slot_index import take
-from jaxcache.state import CacheState, GroupCache, OnDemand, Plan, Residents, empty_cache
+from jaxcache.state import CacheState, GroupCache, OnDemand, Plan, Residents, empty_cache, slot_keys
 from jaxcache.store import HostStore
 from jaxcache.tables import Group
 from jaxcache.traced_batches import TracedBatch, group_plan
@@ -102,7 +102,7 @@ def on_demand(cache: CacheState, store: HostStore, policy: Policy | None = None)
         if len(free) and free[0] != state.slots - len(free):
             raise ValueError("the slots in use must be the first ones: the cache given to on_demand() is damaged")
     # A loop that was left between exchange and update has an exchange too many.
-    return _with_residents(dataclasses.replace(cache, exchanged=cache.step), store, policy)
+    return _with_residents(dataclasses.replace(cache, exchanged=jnp.array(cache.step)), store, policy)
 
 
 def _with_residents(cache: CacheState, store: HostStore, policy: Policy | None) -> CacheState:
@@ -117,10 +117,11 @@ def _with_residents(cache: CacheState, store: HostStore, policy: Policy | None) 
     for state, rows in zip(cache.groups, store.groups, strict=True):
         ranks = np.zeros(state.slots if policy.order == "rank" else 0, np.int32)
         if policy.order == "rank":
-            counts = policy.group_counts(rows.group)
-            keys = policy.warm_keys(rows.group, state.slots)
-            state = bring_in(state, rows, keys, cache.backends)
-            ranks[: len(keys)] = counts[keys]
+            occupied, keys = slot_keys(rows.group, np.asarray(state.slot_table))
+            if not len(keys):
+                keys = policy.warm_keys(rows.group, state.slots)
+                occupied, state = np.arange(len(keys)), bring_in(state, rows, keys, cache.backends)
+            ranks[occupied] = policy.group_counts(rows.group)[keys]
         groups.append(state)
         residents.append(
             Residents(
