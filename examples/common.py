@@ -160,6 +160,74 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
+POLICIES = {"lru": jc.lru, "lfu": jc.lfu}
+
+
+class DispatchProgress:
+    """On-demand mode: a line for each dispatch of several steps, and the speed from the second one on.
+
+    The first dispatch is left out of the speed because it compiles.
+    """
+
+    def __init__(self, store: jc.HostStore) -> None:
+        self._store, self._report, self._loss = store, None, float("nan")
+        self._start = self._last = time.perf_counter()
+        self._steps, self._first_steps = 0, 0
+
+    def dispatch(self, cache: jc.CacheState, losses: np.ndarray) -> None:
+        """Count the steps of a dispatch that is done, with their losses, float32 [steps]."""
+        report, now, steps = jc.report(cache, self._store), time.perf_counter(), len(losses)
+        self._steps, self._loss = self._steps + steps, float(losses.mean())
+        unique_rows, fetched = report.unique_rows, report.rows_fetched
+        if self._report is None:
+            self._start, self._first_steps = now, steps
+        else:
+            unique_rows, fetched = unique_rows - self._report.unique_rows, fetched - self._report.rows_fetched
+        print(
+            f"step {self._steps:5,}: loss {self._loss:.4f}, {steps / (now - self._last):.0f} steps/s, "
+            f"hit rate {1 - fetched / unique_rows:.1%}, {fetched / steps:,.0f} rows fetched a step",
+            flush=True,
+        )
+        self._report, self._last = report, now
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the run as `write_summary` writes them; the loss is the last dispatch's mean."""
+        report, timed = self._report, self._steps - self._first_steps
+        return {
+            "steps": self._steps,
+            "loss": self._loss,
+            "steps_per_second": timed / (self._last - self._start) if timed else float("nan"),
+            "hit_rate": report.hit_rate,
+            "rows_fetched": report.rows_fetched,
+            "rows_written_back": report.rows_written_back,
+            "slots": report.slots,
+            "device_bytes": report.device_bytes,
+            "table_bytes": report.table_bytes,
+        }
+
+
+def add_on_demand_flags(parser: argparse.ArgumentParser, slots: str, steps: int, steps_per_dispatch: int) -> None:
+    """Add the flags that the examples of on-demand mode share, with these defaults."""
+    add = parser.add_argument
+    help = "rows on the device, as a number or a share; 100%% for all (%(default)s)"
+    add("--slots", type=number_or_share, default=slots, help=help)
+    add("--policy", choices=POLICIES, default="lru", help="which rows make room (%(default)s)")
+    help = "read the rows of the next step on the host meanwhile"
+    add("--prefetch", action=argparse.BooleanOptionalAction, default=False, help=help)
+    add("--steps", type=positive_integer, default=steps, help="steps to train (%(default)s)")
+    help = "steps that one call of the program makes (%(default)s)"
+    add("--steps-per-dispatch", type=positive_integer, default=steps_per_dispatch, help=help)
+    add("--seed", type=seed_number, default=0, help="of data, rows and model (%(default)s)")
+    add("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
+
+
+def number_of_slots(slots: int | str, rows: int) -> int:
+    """Return --slots as a number of rows, which are `rows` in all."""
+    if isinstance(slots, str):
+        return max(1, int(rows * float(slots.rstrip("%")) / 100))
+    return min(slots, rows)
+
+
 def positive_integer(text: str) -> int:
     """Read a flag's number, 1 or more."""
     if not text.isdecimal() or int(text) == 0:
