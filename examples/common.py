@@ -221,13 +221,6 @@ def add_on_demand_flags(parser: argparse.ArgumentParser, slots: str, steps: int,
     add("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
-def number_of_slots(slots: int | str, rows: int) -> int:
-    """Return --slots as a number of rows, which are `rows` in all."""
-    if isinstance(slots, str):
-        return max(1, int(rows * float(slots.rstrip("%")) / 100))
-    return min(slots, rows)
-
-
 def positive_integer(text: str) -> int:
     """Read a flag's number, 1 or more."""
     if not text.isdecimal() or int(text) == 0:

@@ -27,7 +27,6 @@ from common import (
     POLICIES,
     DispatchProgress,
     add_on_demand_flags,
-    number_of_slots,
     positive_integer,
     write_summary,
 )
@@ -186,17 +185,16 @@ def run(arguments: argparse.Namespace, clicks: Clicks) -> dict[str, Any]:
     }
     store = jc.HostStore(tables, jc.rowwise_adagrad(RATE), seed=arguments.seed)
     rows = clicks.users + clicks.items
-    slots = number_of_slots(arguments.slots, rows)
     print(f"{clicks.users:,} users, {clicks.items:,} items, {len(clicks.train):,} clicks to train on")
-    print(f"{rows:,} rows in the tables, {slots:,} on the device: {rows / slots:.1f} times fewer")
-
     train = make_train(store, clicks, arguments.batch_size, arguments.prefetch)
     pairs = jnp.asarray(clicks.train)
     # What a step draws depends on its number alone, and not on how many steps make a dispatch.
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(arguments.seed)))(jnp.arange(arguments.steps + 1))
     progress = DispatchProgress(store)
     with store:
-        cache = jc.init(store, slots, POLICIES[arguments.policy]())
+        cache = jc.init(store, arguments.slots, POLICIES[arguments.policy]())
+        (slots,) = cache.slots
+        print(f"{rows:,} rows in the tables, {slots:,} on the device: {rows / slots:.1f} times fewer")
         for first in range(0, arguments.steps, arguments.steps_per_dispatch):
             last = min(first + arguments.steps_per_dispatch, arguments.steps)
             cache, losses = train(cache, pairs, keys[first : last + 1])

@@ -28,7 +28,6 @@ from common import (
     DenseState,
     DispatchProgress,
     add_on_demand_flags,
-    number_of_slots,
     positive_integer,
     write_summary,
 )
@@ -218,12 +217,12 @@ def train_with_memory(arguments: argparse.Namespace, pairs: Pairs, keys: jax.Arr
 
         return jax.lax.scan(step, cache, batches)
 
-    slots = number_of_slots(arguments.slots, rows)
-    print(f"{rows:,} rows in the memory's table, {slots:,} on the device: {rows / slots:.1f} times fewer")
     state = DenseState(parameters, optimizer.init(parameters))
     progress = DispatchProgress(store)
     with store:
-        cache = jc.init(store, slots, POLICIES[arguments.policy]())
+        cache = jc.init(store, arguments.slots, POLICIES[arguments.policy]())
+        (slots,) = cache.slots
+        print(f"{rows:,} rows in the memory's table, {slots:,} on the device: {rows / slots:.1f} times fewer")
         for first in range(0, arguments.steps, arguments.steps_per_dispatch):
             last = min(first + arguments.steps_per_dispatch, arguments.steps)
             (cache, state), losses = train(cache, state, keys[first : last + 1])

@@ -70,11 +70,11 @@ class Capacity:
             costs = tuple(size + SLOT_BYTES for size in row_bytes)
         elif isinstance(slots, Mapping):
             asked = f"LookAhead(slots={dict(slots)!r})"
-            numbers = _parse_mapping(slots, groups, asked)
+            numbers = parse_mapping(slots, groups, asked)
             return cls(tuple(groups), numbers, sum(numbers), costs, asked)
         else:
             asked = f"LookAhead(slots={slots!r})"
-            budget = _parse_slots(slots, sum(group.rows for group in groups), asked)
+            budget = parse_slots(slots, sum(group.rows for group in groups), asked)
         every = tuple(group.rows for group in groups)
         if budget >= sum(cost * rows for cost, rows in zip(costs, every, strict=True)):
             known: tuple[int, ...] | None = every
@@ -156,14 +156,16 @@ def rows_of(capacity: Any, rows: int) -> int | None:
     return int(capacity) if whole else None
 
 
-def _parse_slots(slots: Any, rows: int, asked: str) -> int:
+def parse_slots(slots: Any, rows: int, asked: str) -> int:
+    """A number of slots from a number, or from a share of `rows`; at most `rows`. Errors say who `asked`."""
     found = rows_of(slots, rows)
     if found is None:
         raise ValueError(f'{asked}: slots must be a positive number of rows or a share such as "1.5%"')
     return min(found, rows)
 
 
-def _parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str) -> tuple[int, ...]:
+def parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str) -> tuple[int, ...]:
+    """The slots of each group, from a mapping by one of its tables. Errors say who `asked`."""
     group_of = {name: number for number, group in enumerate(groups) for name in group.names}
     found: dict[int, str] = {}
     for name in slots:
@@ -177,7 +179,7 @@ def _parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str
         found[group_of[name]] = name
     if missing := [group.name for number, group in enumerate(groups) if number not in found]:
         raise ValueError(f"{asked} has no slots for the group of table {missing[0]!r}: name one table of each group")
-    numbers = tuple(_parse_slots(slots[found[number]], group.rows, asked) for number, group in enumerate(groups))
+    numbers = tuple(parse_slots(slots[found[number]], group.rows, asked) for number, group in enumerate(groups))
     if max(numbers) > _MOST_SLOTS:
         raise ValueError(f"{asked} asks for {max(numbers):,} slots: a cache holds fewer than 2**31 - 1")
     return numbers

@@ -14,6 +14,7 @@ from jax.experimental import io_callback
 
 from jaxcache import kernels, slot_index
 from jaxcache.admission import bring_missing_rows, search_rows, settle, slot_entries_of, start_reading, unique_rows
+from jaxcache.capacity import parse_mapping, parse_slots
 from jaxcache.chunks import bring_in, write_dirty_rows
 from jaxcache.features import Feature
 from jaxcache.policies import Policy, lru
@@ -31,7 +32,7 @@ _MOST_ROWS = 2**31 - 1
 
 def init(
     store: HostStore,
-    slots: int | Sequence[int],
+    slots: int | str | Sequence[int] | Mapping[str, int | str],
     policy: Policy | None = None,
     *,
     backends: str | Mapping[str, str] | kernels.Choice | None = None,
@@ -40,8 +41,9 @@ def init(
 
     Args:
         store: gives tables, optimizers, their scalars and the step to go on from.
-        slots: rows that the cache can hold, below 2**31: one number for each group of the store, or a single number
-            for a store of one group. One step must find room for all rows that it looks up.
+        slots: rows that the cache can hold, below 2**31: one number for each group of the store, in a sequence, or in a
+            mapping by the name of one of its tables; a single number for a store of one group; or a share such as
+            "1.5%" of the rows of each group. One step must find room for all rows that it looks up.
         policy: which rows make room: `lru()`, the default; `lfu()`, whose counts age here, halved whenever six times as
             many rows as there are slots were evicted; or `static(counts)`, whose rows stay as long as there are others.
         backends: what gathers, updates and exchanges rows, see `jaxcache.kernels.choose`; None leaves it to the
@@ -51,7 +53,7 @@ def init(
         A state on the default device.
 
     Raises:
-        ValueError: if the numbers are not as many as the groups, for a backend that does not exist, for another policy,
+        ValueError: for slots that are none of these, for a backend that does not exist, for another policy,
             and for tables of 2**31 rows or more, whose ids do not fit the 32 bits that they have inside `jit`.
         RuntimeError: if a cache that was not flushed holds newer rows than the store.
         NotImplementedError: for a backend that does not run here.
@@ -67,7 +69,18 @@ def init(
             "init: a cache that was never flushed holds newer rows than the store: go on with it, or flush it first, "
             "jc.flush(cache, store)"
         )
-    return _with_residents(empty_cache(store, slots, backends=backends), store, policy)
+    return _with_residents(empty_cache(store, _slots(store, slots), backends=backends), store, policy)
+
+
+def _slots(store: HostStore, slots: Any) -> tuple[int, ...]:
+    """The slots of each group."""
+    groups = [rows.group for rows in store.groups]
+    if isinstance(slots, Mapping):
+        return parse_mapping(slots, groups, f"init(slots={dict(slots)!r})")
+    if isinstance(slots, str):
+        return tuple(parse_slots(slots, group.rows, f"init(slots={slots!r})") for group in groups)
+    numbers = (slots,) if isinstance(slots, int | np.integer) else tuple(slots)
+    return tuple(parse_slots(number, _MOST_ROWS - 1, f"init(slots={slots!r})") for number in numbers)
 
 
 def on_demand(cache: CacheState, store: HostStore, policy: Policy | None = None) -> CacheState:
@@ -270,9 +283,9 @@ def admit(
     Args:
         cache: from `init`, threaded through the steps.
         store: its store, held by the program: a constant.
-        ids: by feature integers `[B, ...]`, or `Bags` of them, of which B is the same for all; with 32 bits at most, or
-            64-bit NumPy arrays. The order of the mapping is that of the plan; `jit` sorts the dicts that go through it.
-            Of ragged bags the ids behind the last offset are padding.
+        ids: by feature integers `[B, ...]`, or `Bags` of them, with 32 bits at most, or 64-bit NumPy arrays. B may
+            differ from feature to feature: nothing is padded here. The order of the mapping is that of the plan; `jit`
+            sorts the dicts that go through it. Of ragged bags the ids behind the last offset are padding.
         features: by name, what the model looks up, as for `LookAhead`.
         unique_bound: most unique rows of a group, all lookups by default. A lower one saves time in `update`.
         fetch_bound: rows that a callback moves at most, an eighth of `unique_bound` by default and at least 1,024; if

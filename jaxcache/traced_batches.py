@@ -54,17 +54,14 @@ class TracedBatch:
         """Checks what can be checked while tracing; what cannot is in `TracedIds.problems`.
 
         Raises:
-            TypeError, ValueError, KeyError: for ids that are no mapping of features to integers or `Bags`, or features
-                of different lengths; under `vmap` or `remat`.
+            TypeError, ValueError, KeyError: for ids that are no mapping of features to integers or `Bags`; under `vmap`
+                or `remat`.
         """
         if not isinstance(ids, Mapping) or not ids:
             raise TypeError(f"{where} needs a mapping of feature names to ids, got {type(ids).__name__}")
         _refuse_remat(where)
         known = Features(groups, features)
         parts = [_read_feature(name, value, known) for name, value in ids.items()]
-        lengths = {part.layout.name: part.layout.samples for part in parts}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
         arrays = _outside_vmap([part[2:] for part in parts])
         return cls(tuple(TracedIds(*part[:2], *new) for part, new in zip(parts, arrays, strict=True)))
 
