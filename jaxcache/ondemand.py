@@ -115,7 +115,7 @@ def on_demand(cache: CacheState, store: HostStore, policy: Policy | None = None)
         if len(free) and free[0] != state.slots - len(free):
             raise ValueError("the slots in use must be the first ones: the cache given to on_demand() is damaged")
     # A loop that was left between exchange and update has an exchange too many.
-    return _with_residents(dataclasses.replace(cache, exchanged=cache.step), store, policy)
+    return _with_residents(dataclasses.replace(cache, exchanged=jnp.array(cache.step)), store, policy)
 
 
 def _with_residents(cache: CacheState, store: HostStore, policy: Policy | None) -> CacheState:

@@ -482,7 +482,7 @@ def release(cache: CacheState) -> CacheState:
     Returns:
         The same, whose rows may all be evicted again; the plans of this step have no rows any more.
     """
-    return dataclasses.replace(cache, exchanged=cache.step, on_demand=_unpinned(cache.on_demand))
+    return dataclasses.replace(cache, exchanged=jnp.array(cache.step), on_demand=_unpinned(cache.on_demand))
 
 
 def _update_group(
