@@ -28,7 +28,7 @@ from on_demand import (
     train_ahead,
     train_on_demand,
 )
-from training import OPTIMIZERS, dense_start, make_batches, make_store, most_unique_rows, train
+from training import OPTIMIZERS, dense_start, make_batches, most_unique_rows
 
 KINDS = ["skewed", "uniform", "distinct", "equal"]
 
