@@ -3,7 +3,7 @@
 from jaxcache.check import check
 from jaxcache.counts import count_ids, hottest_rows
 from jaxcache.features import Bags, Feature
-from jaxcache.ondemand import admit, flush, init, merge, on_demand, prefetch, tap
+from jaxcache.ondemand import admit, flush, init, merge, on_demand, prefetch, report, tap
 from jaxcache.optimizers import RowOptimizer, Rows, catch_up_adam, rowwise_adagrad
 from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
@@ -56,6 +56,7 @@ __all__ = [
     "on_demand",
     "prefetch",
     "release",
+    "report",
     "rowwise_adagrad",
     "scratchpipe",
     "static",

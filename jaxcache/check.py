@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.state import CacheState, GroupCache, slot_keys
+from jaxcache import slot_index
+from jaxcache.state import CacheState, GroupCache, OnDemand, Residents, slot_keys
 from jaxcache.store import HostStore, RowStore
 
 
@@ -17,7 +19,7 @@ def check(state: CacheState, store: HostStore) -> None:
     Checked: the slot table is a bijection onto valid rows; clean rows equal the store's bit for bit, optimizer state
     included; dirty rows were looked up; free slots are untouched and their counts zero, so that no
     padding was ever written; the step counters fit together; after a flush nothing is dirty and the scalars are the
-    store's.
+    store's; in on-demand mode the index leads to every row, and the slots in use are the first ones.
 
     Args:
         state: not donated yet.
@@ -34,6 +36,13 @@ def check(state: CacheState, store: HostStore) -> None:
     _holds(len(state.groups) == len(store.groups), "state and store have one configuration")
     for group, rows in zip(found.groups, store.groups, strict=True):
         _check_group(group, rows, store.behind)
+    if found.on_demand is not None:
+        mode = found.on_demand
+        _holds(mode.pinned_after <= mode.admitted, "steps end after what they admit")
+        _holds(mode.admitted == store.transfers.admitted, "the store has served what the cache has admitted")
+        _holds(len(mode.residents) == len(found.groups), "state and store have one configuration")
+        for group, residents in zip(found.groups, mode.residents, strict=True):
+            _check_residents(group, residents, mode)
 
 
 def _holds(condition, what: str, slots: np.ndarray | None = None) -> None:
@@ -77,6 +86,22 @@ def _check_group(found: GroupCache, store: RowStore, behind: bool) -> None:
         _holds(~found.dirty, "nothing is dirty after a flush")
         for one, other in zip(found.scalars, store.scalars, strict=True):
             _holds(one == other, "the store has the scalars of the last flush")
+
+
+def _check_residents(found: GroupCache, residents: Residents, mode: OnDemand) -> None:
+    in_use = np.arange(found.slots) < residents.used
+    _holds((found.slot_table[:, 0] != GroupCache.FREE) == in_use, "the slots in use are the first ones")
+    _holds(residents.stamps >= 0, "stamps are not negative")
+    _holds(residents.stamps <= mode.admitted, "no row was wanted by an admit that is to come")
+    _holds(in_use | (residents.stamps == 0), "a free slot was never wanted")
+    _holds(residents.ranks.shape == ((found.slots,) if mode.order == "rank" else (0,)), "static ranks its rows")
+    _holds(residents.ranks >= 0, "ranks are not negative")
+    cells, claimed = residents.row_index
+    _holds(np.count_nonzero(cells != slot_index.NONE) <= claimed, "claimed cells are counted")
+    _holds((cells >= slot_index.NONE) & (cells < found.slots), "cells lead to slots")
+    row_index, table, wanted = jax.tree.map(jnp.asarray, (residents.row_index, found.slot_table, in_use))
+    slots = np.asarray(slot_index.find(row_index, table, table[:, 0], table[:, 2], wanted))
+    _holds(slots[in_use] == np.flatnonzero(in_use), "the index leads to every row")
 
 
 def _bytes(leaf: np.ndarray) -> np.ndarray:

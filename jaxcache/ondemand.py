@@ -19,6 +19,7 @@ from jaxcache.features import Bags, Feature, FeatureLayout, Features, check_comb
 from jaxcache.optimizers import Rows
 from jaxcache.planner import TooFewSlots
 from jaxcache.policies import Policy, lru
+from jaxcache.report import GroupReport, Report
 from jaxcache.slot_index import NONE
 from jaxcache.state import (
     CacheState,
@@ -183,7 +184,7 @@ def flush(cache: CacheState, store: HostStore) -> CacheState:
             f"flush got a stale cache, of step {int(cache.step)}: assign what admit and update return, `cache = ...`, "
             "and flush the newest; after rows were loaded or a LookAhead trained, init a new one"
         )
-    write_dirty_rows(cache, store)
+    transfers.counted[:, 5] += write_dirty_rows(cache, store)
     store.exchanged = int(cache.exchanged)
     fault = int(cache.fault)
     if fault == CacheState.NO_FAULT and int(cache.exchanged) > int(cache.step):
@@ -199,6 +200,37 @@ def flush(cache: CacheState, store: HostStore) -> CacheState:
         raise RuntimeError("this cache has met a fault, which was raised before: train on with a new one, jc.init")
     groups = tuple(dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups)
     return dataclasses.replace(cache, groups=groups)
+
+
+def report(cache: CacheState, store: HostStore) -> Report:
+    """What `admit` has moved since the store was made, and what the cache takes.
+
+    Args:
+        cache: for `admit`.
+        store: its store.
+
+    Returns:
+        A `Report` without stages and window; in `str` it is to be read.
+
+    >>> import optax
+    >>> from jaxcache import Table
+    >>> store = HostStore({"item": Table(10**9, 4)}, optax.sgd(0.1))
+    >>> cache, plan = admit(init(store, slots=100), store, {"item": np.array([7, 7, 8], np.int32)})
+    >>> figures = report(cache, store)
+    >>> figures.lookups, figures.unique_rows, figures.rows_fetched
+    (3, 2, 2)
+    """
+    _check_cache(cache, store, "report")
+    order = cache.on_demand.order if cache.on_demand is not None else ""
+    names = {"recency": "lru", "count": "lfu", "rank": "static"}
+    figures = Report({}, steps=store.transfers.calls, policy=names.get(order, order), stages={})
+    for state, rows, counted in zip(cache.groups, store.groups, store.transfers.counted.tolist(), strict=True):
+        group = GroupReport(rows.group.names, rows.group.rows, rows.row_bytes, state.slots, state.nbytes)
+        fields = ("lookups", "unique_rows", "lookup_hits", "rows_fetched", "rows_written_back", "rows_flushed")
+        for name, value in zip(fields, counted, strict=True):
+            setattr(group, name, value)
+        figures.groups[rows.group.name] = group
+    return figures
 
 
 def _check_rows(groups: Sequence[Group], where: str) -> None:
@@ -631,6 +663,7 @@ class _Search(NamedTuple):
     """Where the rows of a batch are in one group, and where the missing ones go.
 
     Attributes:
+        lookups: `int32[2]`, how many lookups there are, and how many of rows that are missing.
         number, inverse: as in `_UniqueRows`.
         unique_slots: `int32[U]`, as in a plan.
         missing: `int32[]`, how many rows have to come.
@@ -638,6 +671,7 @@ class _Search(NamedTuple):
         tables, ids, slots: `int32[U]`, the missing rows and where they go; then something.
     """
 
+    lookups: Array
     number: Array
     inverse: Array
     unique_slots: Array
@@ -672,7 +706,9 @@ def _search(
     unique_slots = jnp.where(rows.missed, places[rank], jnp.where(rows.slots == NONE, slots, rows.slots))
     tables, ids = rows.compact(rows.tables, rows.ids)
     room = free + jnp.sum(evictable, dtype=jnp.int32)
-    return _Search(rows.number, rows.inverse, unique_slots, missing, room, tables, ids, places)
+    missed = _take(jnp.append(rows.missed, False), rows.inverse, 0)
+    counted = jnp.stack([jnp.sum(array, dtype=jnp.int32) for array in (lookups[2], missed)])
+    return _Search(counted, rows.number, rows.inverse, unique_slots, missing, room, tables, ids, places)
 
 
 def _entries(tables: Array, ids: Array) -> Array:
@@ -699,7 +735,9 @@ def _bring_missing_rows(
     )
     serve = partial(_serve, store, described, tuple(unique_bounds))
     problems = jnp.stack([part.problems for part in batch])
-    figures = jnp.stack([jnp.stack([search.number, search.missing, search.room]) for search in searches])
+    figures = jnp.stack(
+        [jnp.stack([search.number, search.missing, search.room, *search.lookups]) for search in searches]
+    )
     results = (
         jax.ShapeDtypeStruct((), np.int32),
         tuple(
@@ -815,7 +853,7 @@ def _serve(
                 transfers.drop_used()
             rows, victims = [], []
             pieces = zip(store.groups, figures, entries, leaving, sizes, strict=True)
-            for group, (part, (_, missing, _), new, (old, dirty, buffer), size) in enumerate(pieces):
+            for group, (part, (_, missing, *_), new, (old, dirty, buffer), size) in enumerate(pieces):
                 moved = max(0, min(int(missing) - number * size, size))
                 rows.append(transfers.read(group, _keys(part.group, np.asarray(new)[:moved]), size))
                 changed = np.flatnonzero(np.asarray(dirty)[:moved])
@@ -825,7 +863,11 @@ def _serve(
             transfers.take_home(victims)
             store.mark_behind()
             if number == 0:
+                unique, missing, _, lookups, missed = figures.T
+                transfers.calls += 1
+                transfers.counted[:, :4] += np.stack([lookups, unique, lookups - missed, missing], axis=1)
                 transfers.admitted += 1
+            transfers.counted[:, 4] += [len(keys) for keys, _ in victims]
             return np.int32(CacheState.NO_FAULT), tuple(rows)
     except Interrupted:
         pass
@@ -886,10 +928,11 @@ def _check_admit(
             )
         if wrong:
             raise ValueError(
-                f"admit, step {step}: feature {name!r} has id {first} and {wrong - 1} more that are out of range; ids "
-                f"must lie in 0 to {rows - 1} (Table(rows={rows}))"
+                f"admit, step {step}: feature {name!r} has id {first}"
+                + (f", and {wrong - 1} more that are out of range" if wrong > 1 else "")
+                + f"; ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
             )
-    for part, bound, (number, missing, room) in zip(store.groups, unique_bounds, figures.tolist(), strict=True):
+    for part, bound, (number, missing, room, *_) in zip(store.groups, unique_bounds, figures.tolist(), strict=True):
         names = ", ".join(part.group.names)
         if missing > room:
             raise TooFewSlots(

@@ -380,7 +380,7 @@ class LookAhead:
 
         Args:
             cache: a cache of this store to go on with, from an earlier pipeline of as many slots; by default an empty
-                one is made.
+                one is made. One of on-demand mode is taken once it is flushed.
 
         Returns:
             A `CacheState` on the default device.
@@ -477,6 +477,11 @@ class LookAhead:
                 f"the cache given to start() has {_counted(cache.slots)} slots, which is more than "
                 f"{self._capacity.asked}: ask for as much as it has, or flush it and start() with none"
             )
+        if cache.on_demand is not None and self._store.behind:
+            raise RuntimeError(
+                "the cache given to start() comes from on-demand mode and holds newer rows than the store: flush it "
+                "first, cache = jc.flush(cache, store), after an update or jc.release(cache)"
+            )
         if self._store.loaded:
             raise ValueError(
                 "rows were loaded into the store since the cache given to start() was filled, which has older ones: "
@@ -489,7 +494,7 @@ class LookAhead:
                 "if it was flushed, start() with none"
             )
         # A loop that was left between exchange and update has an exchange too many.
-        return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32))
+        return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32), on_demand=None)
 
     def _make_planner(self, number: int, state: GroupCache, workers: Workers) -> tuple[Planner, GroupCache]:
         """The planner of a group, and its cache with the rows in it that are to be there before the first batch."""

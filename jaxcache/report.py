@@ -78,22 +78,23 @@ class GroupReport:
 
 @dataclass
 class Report:
-    """Figures of one `LookAhead` from its start, over the batches that were exchanged.
+    """Figures of one `LookAhead` from its start, over the batches that were exchanged; or, from `report`, of on-demand
+    mode, over all calls of `admit` with a store.
 
     Numbers of rows and bytes are those of all groups together.
 
     Attributes:
         groups: the figures of each group, by the name of its first table.
-        steps: batches exchanged.
+        steps: batches exchanged, or calls of `admit`.
         policy: name of the policy.
-        window: batches that a plan looks at, as asked for.
+        window: batches that a plan looks at, as asked for; 0 on demand, where there is none.
         longest_window: most batches that a plan looked at.
         window_limited: steps whose plan would have looked further, had `max_window` or `max_window_bytes` let it.
         bound_growths: how often a bound on unique rows, or the shape of a batch, had to grow, each time compiling the
             step anew.
         ignored: ids that were out of range and left out, by feature.
         stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
-            device, and waits while the next batch is not ready.
+            device, and waits while the next batch is not ready. None on demand.
     """
 
     groups: dict[str, GroupReport]
@@ -194,7 +195,9 @@ class Report:
         lines = [
             f"{self.steps:,} steps, policy {self.policy}, window {self.window} (longest {self.longest_window}"
             + (f", cut short in {self.window_limited:,} steps" if self.window_limited else "")
-            + ")",
+            + ")"
+            if self.window
+            else f"{self.steps:,} calls of admit, policy {self.policy}",
             f"{self.slots:,} slots: "
             f"{self.device_bytes / 1e6:,.1f} MB on the device, tables {self.table_bytes / 1e6:,.1f} MB "
             f"({self.table_bytes / max(self.device_bytes, 1):.1f} x)",
@@ -212,12 +215,14 @@ class Report:
             + (f"; {self.rows_warmed:,} rows at the start" if self.rows_warmed else ""),
             f"written back {self.rows_written_back:,} rows, {self.bytes_written_back / 1e6:,.1f} MB "
             f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows",
-            f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times",
         ]
+        if self.unique_bound:
+            lines.append(f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times")
         if self.ignored:
             each = ", ".join(f"{name} {number:,}" for name, number in self.ignored.items())
             lines.append(f"ids out of range and ignored: {each}")
-        lines.append(f"{'stage':<12}{'busy s':>10}{'wait s':>10}{'busy ms a step':>17}")
+        if self.stages:
+            lines.append(f"{'stage':<12}{'busy s':>10}{'wait s':>10}{'busy ms a step':>17}")
         lines += [
             f"{name:<12}{stage.busy:>10.2f}{stage.wait:>10.2f}{1e3 * stage.busy / steps:>17.2f}"
             + ("  <- bounds the run" if name == self.bound_by else "")

@@ -17,6 +17,7 @@ Array = Any
 
 NONE = -1  # a free cell, and the slot of a row that is not there
 _MOST = 2**31 - 1
+_BLOCK = 512  # slots that are looked through together
 
 
 class SlotIndex(NamedTuple):
@@ -178,15 +179,31 @@ def lowest(keys: Sequence[Array], among: Array, number: Array, bound: int) -> Ar
         keys: `int32[slots]` each, not negative: the first decides, ties go by the next, and in the end by slot.
 
     Returns:
-        `int32[bound]`, ascending; then the number of slots.
+        `int32[bound]`: those whose keys decide, then those that go by slot, each ascending; behind them anything.
     """
-    chosen = jnp.zeros_like(among)
+    below = jnp.zeros_like(among)
     for key in keys:
-        limit = _order_statistic(key, among, number)
-        below = among & (key < limit)
-        chosen, among, number = chosen | below, among & (key == limit), number - jnp.sum(below, dtype=jnp.int32)
-    chosen |= among & (jnp.cumsum(among.astype(jnp.int32)) <= number)
-    return jnp.nonzero(chosen, size=bound, fill_value=len(among))[0].astype(jnp.int32)
+        limit = _order_statistic(key, among, number - jnp.sum(below, dtype=jnp.int32))
+        below, among = below | (among & (key < limit)), among & (key == limit)
+    nth, decided = jnp.arange(bound, dtype=jnp.int32), jnp.sum(below, dtype=jnp.int32)
+    ties = _places(among, bound)[jnp.maximum(nth - decided, 0)]
+    return jnp.where(nth < decided, _places(below, bound), ties)
+
+
+def _places(mask: Array, bound: int) -> Array:
+    """Where `mask` (`bool[N]`) is true, `int32[bound]`, ascending; then N."""
+    blocks = -(-len(mask) // _BLOCK)
+    if bound * _BLOCK > 2 * len(mask):
+        return jnp.nonzero(mask, size=bound, fill_value=len(mask))[0].astype(jnp.int32)
+    # Few of many: the block of each is found first, and only these blocks are looked through.
+    parts = jnp.pad(mask, (0, blocks * _BLOCK - len(mask))).reshape(blocks, _BLOCK)
+    ends = jnp.cumsum(jnp.sum(parts, axis=1, dtype=jnp.int32))
+    nth = jnp.arange(bound, dtype=jnp.int32)
+    block = jnp.minimum(jnp.searchsorted(ends, nth, side="right").astype(jnp.int32), blocks - 1)
+    before = jnp.where(block > 0, ends[block - 1], 0)
+    counts = jnp.cumsum(parts[block].astype(jnp.int32), axis=1)
+    inside = jnp.argmax(counts > (nth - before)[:, None], axis=1).astype(jnp.int32)
+    return jnp.where(nth < ends[-1], block * _BLOCK + inside, len(mask))
 
 
 def _order_statistic(key: Array, among: Array, number: Array) -> Array:

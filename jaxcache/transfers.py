@@ -78,6 +78,9 @@ class Transfers:
         admitted: calls of `admit` whose rows were handed out: what the newest cache has counted too.
         failure: the first thing that went wrong; None if nothing did.
         interrupted: whether Ctrl-C was pressed and has not been raised yet.
+        calls: of `admit`, since the store was made.
+        counted: for each group in them lookups, unique rows, lookups of rows that were there, rows fetched, rows taken
+            home, rows flushed: `int64[groups, 6]`.
     """
 
     def __init__(self, groups: Sequence[RowStore]):
@@ -86,6 +89,8 @@ class Transfers:
         self.admitted = 0
         self.failure: BaseException | None = None
         self.interrupted = False
+        self.calls = 0
+        self.counted = np.zeros((len(self._groups), 6), np.int64)
         self._closed = False
         self._returning: deque[_Victims] = deque()
         self._write_error: BaseException | None = None

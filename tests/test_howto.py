@@ -190,3 +190,21 @@ def test_weights_of_the_page(tables):
     assert scope["some"].shape == (2, 16)
     np.testing.assert_array_equal(store.rows("tag", np.arange(800)), scope["vectors"].astype(jnp.bfloat16))
     np.testing.assert_array_equal(np.load("item.npy"), store.rows("item", np.arange(50_000)))
+
+
+def test_the_guide_to_training_inside_jit_runs(capsys):
+    scope: dict = {"__name__": "script"}
+    names = list(blocks("inside-jit.md"))
+    assert names == ["loop", "scan", "prefetch", "keys", "several", "failure"]
+    losses = {}
+    for name in names:
+        run("inside-jit.md", name, scope)
+        losses[name] = np.array(scope["memory_losses" if name == "keys" else "losses"])
+        jc.check(scope["cache"], scope["store"])
+    assert losses["loop"][-20:].mean() < losses["loop"][:20].mean() - 0.02
+    assert losses["scan"].mean() < losses["loop"].mean() and losses["prefetch"].mean() < losses["scan"].mean()
+    assert losses["keys"][-1] < 0.5 * losses["keys"][0]
+    assert np.isfinite([scope["test_loss"]]).all() and np.isnan(scope["loss"])
+    assert scope["store"].step == 401 and scope["memory"].step == 50
+    printed = capsys.readouterr().out
+    assert "200 calls of admit, policy lru" in printed and "item' has id 20000" in printed
