@@ -265,26 +265,41 @@ def test_lookups_and_rows_too_many_for_one_word_are_sorted_all_the_same():
 # The lowest
 
 
+def check_lowest(keys, among, number: int, bound: int) -> None:
+    """Those that are to be found, in any order, and nothing else among as many as there are."""
+    found = lowest(tuple(words(key) for key in keys), np.array(among), jnp.int32(number), bound)
+    order = np.lexsort((np.arange(len(among)), *reversed(keys)))
+    expected = order[np.asarray(among)[order]][:number]
+    assert found.shape == (bound,) and sorted(found[: len(expected)].tolist()) == sorted(expected.tolist())
+
+
 @settings(max_examples=60)
 @given(data=st.data(), number=st.integers(1, 8), keyed=st.sampled_from([1, 2]))
 def test_the_lowest_keys_against_a_sort(data, number, keyed):
     values = st.sampled_from([0, 1, 1, 2, 5, LAST, LAST + 1])
     keys = [data.draw(st.lists(values, min_size=8, max_size=8)) for _ in range(keyed)]
     among = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
-    found = lowest(tuple(words(key) for key in keys), np.array(among), jnp.int32(number), 8)
-    ranked = sorted((slot for slot in range(8) if among[slot]), key=lambda slot: ([key[slot] for key in keys], slot))
-    expected = sorted(ranked[:number])
-    assert found.tolist() == expected + [8] * (8 - len(expected))
+    check_lowest(keys, among, number, 8)
 
 
-def test_the_lowest_of_many_against_a_sort():
+@pytest.mark.parametrize(
+    ("slots", "bound"), [(3_000, 4), (1_023, 3), (1_024, 4), (1_536, 6), (5_000, 1), (2_000, 1_000)]
+)
+def test_the_lowest_of_many_against_a_sort(slots, bound):
+    """Few of many are looked for block by block."""
     random = np.random.default_rng(0)
     for spread in (2, 50, LAST):
-        keys = tuple(random.integers(0, spread, 2_000).astype(np.int32) for _ in range(2))
-        among = random.random(2_000) < 0.6
-        order = np.lexsort((np.arange(2_000), keys[1], keys[0]))
-        order = order[among[order]]
-        for number in (1, 300, 900):
-            found = lowest(keys, among, jnp.int32(number), 1_000)
-            np.testing.assert_array_equal(found[:number], np.sort(order[:number]))
-            assert (np.asarray(found[number:]) == 2_000).all()
+        keys = [random.integers(0, spread, slots) for _ in range(2)]
+        for share in (0.6, 0.01):
+            among = random.random(slots) < share
+            among[-1] = True
+            for number in {1, bound // 2, bound} - {0}:
+                check_lowest(keys, among, number, bound)
+
+
+@pytest.mark.parametrize("only", [0, 511, 512, 2_559, 2_560, 2_999])
+def test_the_lowest_is_found_wherever_it_is(only):
+    among = np.zeros(3_000, bool)
+    among[only] = True
+    check_lowest([np.zeros(3_000)], among, 1, 4)
+    check_lowest([-np.arange(3_000) + 3_000], np.ones(3_000, bool), 4, 4)
