@@ -199,13 +199,15 @@ class Transfers:
             self._writer.submit(self._write_oldest)
 
     def _write_oldest(self) -> None:
-        if self._write_error is not None:  # those behind wait for it, or older rows would land last
+        # Those behind a failed one wait for it, or older rows would land last; `wait_until_home` may have written all.
+        if self._write_error is not None or not self._returning:
             return
         try:
             self._land(self._returning[0])
         except BaseException as error:
-            self._write_error = error
-            self.keep(error)
+            with self._changed:  # both at once, or it could be raised and forgotten before it is kept
+                self._write_error = error
+                self.keep(error)
 
     def _land(self, victims: _Victims) -> None:
         for store, part, rows in zip(self._groups, victims.parts, victims.rows, strict=True):
