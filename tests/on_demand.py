@@ -37,9 +37,15 @@ def shared_store(optimizer: str) -> jc.HostStore:
 
 
 def model_step(cache, plan, dense, labels):
-    """What `training.train_step` does, with a mask that is no constant, which XLA would take into account."""
-    rows, mask = jc.lookup(cache, plan), labels == labels
-    loss, (gradient, row_gradients) = jax.value_and_grad(loss_function, argnums=(0, 1))(dense, rows, labels, mask)
+    """What `training.train_step` does, but kept apart from what is around it: XLA rounds as it fuses.
+
+    And with a mask that is no constant, which XLA would take into account.
+    """
+    apart = jax.lax.optimization_barrier
+    dense, rows, labels, mask = apart((dense, jc.lookup(cache, plan), labels, labels == labels))
+    loss, (gradient, row_gradients) = apart(
+        jax.value_and_grad(loss_function, argnums=(0, 1))(dense, rows, labels, mask)
+    )
     return jc.update(cache, plan, row_gradients), dense - 0.1 * gradient, loss
 
 

@@ -91,14 +91,18 @@ class Hooks:
 @pytest.fixture
 def hooks():
     hooks = Hooks()
+    _OTHERS.extend(transfer_threads())
     yield hooks
     hooks.store.transfers.close()
     assert transfer_threads() == []
 
 
-def transfer_threads() -> list[str]:
+def transfer_threads() -> list[threading.Thread]:
     names = ("jaxcache-write-back", "jaxcache-prefetch")
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names) and thread not in _OTHERS]
+
+
+_OTHERS: list[threading.Thread] = []  # of stores that earlier tests left open
 
 
 @cache
@@ -480,6 +484,7 @@ def test_ctrl_c_in_the_block_again_and_again(how):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where nobody can raise it
 @pytest.mark.parametrize("how", ["scan", "steps"])
 def test_ctrl_c_without_a_block_may_cost_the_cache_and_hangs_nothing(how):
+    _OTHERS.extend(transfer_threads())
     random = standard_random.Random(2)
     for _ in range(10):
         hooks = Hooks()

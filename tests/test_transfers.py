@@ -25,9 +25,12 @@ class DiskFull(Exception):
     pass
 
 
-def transfer_threads() -> list[str]:
+def transfer_threads() -> list[threading.Thread]:
     names = ("jaxcache-write-back", "jaxcache-prefetch")
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names) and thread not in _OTHERS]
+
+
+_OTHERS: list[threading.Thread] = []  # of stores that earlier tests left open
 
 
 class Host:
@@ -93,6 +96,7 @@ class Host:
 @pytest.fixture
 def host():
     host = Host()
+    _OTHERS.extend(transfer_threads())
     yield host
     host.may_read.set(), host.may_write.set()
     host.transfers.close()
@@ -222,6 +226,7 @@ def test_a_prefetch_that_fails_is_an_error_of_whoever_wants_the_rows(host):
 
 def run_against_a_model(seed: int, steps: int, pause: float) -> None:
     """Evictions, reads and prefetches, right and wrong, of a cache: a dict knows the newest value of each row."""
+    _OTHERS.extend(transfer_threads())
     random, host = np.random.default_rng(seed), Host()
     host.pauses = iter(lambda: pause * random.integers(0, 3), None)
     newest = dict(enumerate(host.at_home(EVERY).tolist()))
