@@ -64,7 +64,7 @@ SECTIONS = {
     "operations": Section("operations.operations", 140, 20),
     "pipeline": Section("pipeline.pipeline", 120, 20),
     "policies": Section("policies.policies", 130, 20),
-    "on-demand": Section("pipeline.on_demand", 5, 3),
+    "on-demand": Section("pipeline.on_demand", 60, 20),
     "peers": Section("peers.peers", 50, 15, shares_device=True),
 }
 

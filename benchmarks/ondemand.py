@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import jaxcache as jc
 
 OPTIMIZER = jc.rowwise_adagrad(0.05)
 ROWS, DIM = 33_800_000, 32
+SECTIONS = ("step", "dispatch", "overlap")
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -249,7 +250,7 @@ def _overlapped(
     return next_round
 
 
-def measure(tiny: bool, sections: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(tiny: bool, sections: Collection[str]) -> Iterator[dict[str, Any]]:
     """The sections asked for, at full size or just to see that they run."""
     if "step" in sections:
         yield from steps(256, 1024, 10_000, 2, 2) if tiny else steps(65_536, 2**18, ROWS, 10, 12)
@@ -261,12 +262,12 @@ def measure(tiny: bool, sections: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="step,dispatch,overlap", help="of step, dispatch, overlap")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
-    if unknown := set(sections) - {"step", "dispatch", "overlap"}:
+    if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown sections {sorted(unknown)}")
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, Python {platform.python_version()}")
     records = list(measure(arguments.tiny, sections))

@@ -223,13 +223,13 @@ class Shapes:
                 full.append(part._replace(shape=(samples, *part.shape[1:])))
             else:
                 ids = part.shape[0]
-                bound = _roomy(ids) if first else _doubled(self._full[place].shape[0], ids)
+                bound = roomy(ids) if first else doubled(self._full[place].shape[0], ids)
                 full.append(part._replace(shape=(max(1, bound),), bags=samples))
         self._full = tuple(full)
         lookups = [0] * len(unique)
         for part in full:
             lookups[part.group] += part.lookups
-        bounds = list(map(_roomy, unique)) if first else list(map(_doubled, self.unique_bounds, unique))
+        bounds = list(map(roomy, unique)) if first else list(map(doubled, self.unique_bounds, unique))
         # No more rows than lookups.
         self.unique_bounds = tuple(
             max(1, number, min(bound, most)) for bound, number, most in zip(bounds, unique, lookups, strict=True)
@@ -318,13 +318,13 @@ def _described(features: Sequence[FeatureLayout]) -> str:
     return ", ".join(f"{part.name} {kind(part)}" for part in features)
 
 
-def _roomy(number: int) -> int:
+def roomy(number: int) -> int:
     """A bound an eighth above `number`, rounded up coarsely."""
     grain = max(128, 1 << max(number.bit_length() - 4, 0))
     return -(-(number + number // 8) // grain) * grain
 
 
-def _doubled(bound: int, number: int) -> int:
+def doubled(bound: int, number: int) -> int:
     """`bound`, doubled until it holds `number`."""
     while bound < number:
         bound *= 2

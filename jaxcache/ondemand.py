@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,31 +13,18 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jaxcache import kernels, slot_index
+from jaxcache.admission import bring_missing_rows, search_rows, settle, slot_entries_of, start_reading, unique_rows
 from jaxcache.chunks import bring_in, write_dirty_rows
-from jaxcache.features import Bags, Feature, FeatureLayout, Features, check_combiner
-from jaxcache.optimizers import Rows
-from jaxcache.planner import TooFewSlots
+from jaxcache.features import Feature
 from jaxcache.policies import Policy, lru
 from jaxcache.report import GroupReport, Report
-from jaxcache.slot_index import NONE
-from jaxcache.state import (
-    CacheState,
-    GroupCache,
-    GroupPlan,
-    OnDemand,
-    Plan,
-    Residents,
-    empty_cache,
-)
+from jaxcache.slot_index import take
+from jaxcache.state import CacheState, GroupCache, OnDemand, Plan, Residents, empty_cache, slot_keys
 from jaxcache.store import HostStore
 from jaxcache.tables import Group
-from jaxcache.transfers import Interrupted
-
-Array = Any
+from jaxcache.traced_batches import TracedBatch, group_plan
 
 _MOST_ROWS = 2**31 - 1
-_HALF_LIFE = 6  # turnovers of the cache after which a lookup counts half, as in `LookAheadPlanner`
-
 
 # On the host
 
@@ -131,10 +117,11 @@ def _with_residents(cache: CacheState, store: HostStore, policy: Policy | None) 
     for state, rows in zip(cache.groups, store.groups, strict=True):
         ranks = np.zeros(state.slots if policy.order == "rank" else 0, np.int32)
         if policy.order == "rank":
-            counts = policy.group_counts(rows.group)
-            keys = policy.warm_keys(rows.group, state.slots)
-            state = bring_in(state, rows, keys, cache.backends)
-            ranks[: len(keys)] = counts[keys]
+            occupied, keys = slot_keys(rows.group, np.asarray(state.slot_table))
+            if not len(keys):
+                keys = policy.warm_keys(rows.group, state.slots)
+                occupied, state = np.arange(len(keys)), bring_in(state, rows, keys, cache.backends)
+            ranks[occupied] = policy.group_counts(rows.group)[keys]
         groups.append(state)
         residents.append(
             Residents(
@@ -301,8 +288,6 @@ def admit(
         TypeError, ValueError, KeyError: while tracing, for ids, features or bounds that can not be right, for a cache
             without what `admit` needs or of another store, and under `vmap` or `remat`.
 
-    The algorithm is the cache of "CNN with large memory layers" made functional: see `docs/design.md`.
-
     >>> import optax
     >>> from jaxcache import Table, lookup, update
     >>> store = HostStore({"item": Table(10**9, 2)}, optimizer=optax.sgd(0.5))
@@ -322,16 +307,14 @@ def admit(
     unique_bounds, fetch_bounds = _bounds(cache, batch, unique_bound, fetch_bound, "admit")
     mode: Any = cache.on_demand
     searches = tuple(
-        _search(state, residents, _lookups(batch, number), bound, mode)
+        search_rows(state, residents, batch.lookups(number), bound, mode)
         for number, (state, residents, bound) in enumerate(
             zip(cache.groups, mode.residents, unique_bounds, strict=True)
         )
     )
-    contents, accept, accepted = _bring_missing_rows(cache, store, batch, searches, unique_bounds, fetch_bounds)
+    contents, accept, accepted = bring_missing_rows(cache, store, batch, searches, unique_bounds, fetch_bounds)
     settled = [
-        _settle(
-            state.holding(new), residents, search, jnp.minimum(accepted * bound, search.missing), mode, accepted > 0
-        )
+        settle(state.holding(new), residents, search, jnp.minimum(accepted * bound, search.missing), mode, accepted > 0)
         for state, new, residents, search, bound in zip(
             cache.groups, contents, mode.residents, searches, fetch_bounds, strict=True
         )
@@ -348,7 +331,7 @@ def admit(
             admitted=mode.admitted + (accepted > 0).astype(jnp.int32),
         ),
     )
-    return cache, _plan(batch, searches, cache.step)
+    return cache, batch.plan([group_plan(search.unique_slots, search.inverse) for search in searches], cache.step)
 
 
 def prefetch(
@@ -381,10 +364,10 @@ def prefetch(
     mode: Any = cache.on_demand
     wanted = []
     for number, (state, residents, bound) in enumerate(zip(cache.groups, mode.residents, unique_bounds, strict=True)):
-        rows = _unique_rows(state, residents, _lookups(batch, number), bound)
-        wanted.append((jnp.sum(rows.missed, dtype=jnp.int32), _entries(*rows.compact(rows.tables, rows.ids))))
+        rows = unique_rows(state, residents, batch.lookups(number), bound)
+        wanted.append((jnp.sum(rows.missed, dtype=jnp.int32), slot_entries_of(*rows.compact(rows.tables, rows.ids))))
     counters = jnp.stack([mode.admitted, cache.fault])
-    start = partial(_start_reading, store, fetch_bounds)
+    start = partial(start_reading, store, fetch_bounds)
     token = io_callback(start, jax.ShapeDtypeStruct((), np.int32), counters, tuple(wanted))
     return dataclasses.replace(cache, exchanged=cache.exchanged + token)
 
@@ -416,7 +399,7 @@ def merge(cache: CacheState, plans: Sequence[Plan]) -> Plan:
         )
         bound = max(1, min(sum(len(part.unique_slots) for part in parts), state.slots))
         unique = slot_index.deduplicate_slots(slots, state.slots, bound)
-        groups.append(_group_plan(_take(slots, unique.firsts, state.slots), unique.inverse))
+        groups.append(group_plan(take(slots, unique.firsts, state.slots), unique.inverse))
     step = plans[0].step
     for plan in plans[1:]:
         step = jnp.where(plan.step == step, step, -1)  # plans of different steps fit no cache
@@ -462,34 +445,26 @@ def tap(rows: Any, zeros: Any) -> Any:
 tap.defvjp(lambda rows, zeros: (tap(rows, zeros), None), lambda _, gradient: (None, gradient))
 
 
-# The ids of a batch
-
-
-class _FeatureIds(NamedTuple):
-    """The ids of one feature inside `jit`; L is their number.
-
-    Attributes:
-        layout: as in a plan.
-        table: position of the table in its group.
-        ids: `int32[L]`.
-        present: `bool[L]`, which ones look up a row.
-        problems: `int32[3]`: how many are out of range and must not be, one of them, whether offsets are wrong.
-        weights, bags, offsets: as in a plan, or None.
-    """
-
-    layout: FeatureLayout
-    table: int
-    ids: Array
-    present: Array
-    problems: Array
-    weights: Array | None
-    bags: Array | None
-    offsets: Array | None
+def _bounds(
+    cache: CacheState, batch: TracedBatch, unique: int | None, fetch: int | None, where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each group: the most unique rows of the batch, and of rows that a callback moves."""
+    for name, value in (("unique_bound", unique), ("fetch_bound", fetch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
+            raise ValueError(f"{where}({name}={value!r}): {name} must be a number of rows, at least 1")
+    uniques, fetches = [], []
+    for number, state in enumerate(cache.groups):
+        lookups = sum(part.layout.lookups for part in batch.features if part.layout.group == number)
+        # One more than there are slots, so that too many are seen.
+        bound = max(1, min(lookups, state.slots + 1, state.group.rows, unique or lookups))
+        uniques.append(bound)
+        fetches.append(min(bound, max(1024, bound // 8) if fetch is None else int(fetch)))
+    return tuple(uniques), tuple(fetches)
 
 
 def _read(
     cache: CacheState, store: HostStore, ids: Mapping[str, Any], features: Mapping[str, Feature] | None, where: str
-) -> list[_FeatureIds]:
+) -> TracedBatch:
     """Checks what can be checked while tracing."""
     if not isinstance(cache, CacheState) or cache.on_demand is None:
         raise ValueError(
@@ -500,448 +475,6 @@ def _read(
         raise TypeError(f"{where} needs the HostStore of the cache, got {type(store).__name__}")
     if [(state.group, state.optimizer) for state in cache.groups] != _configuration(store):
         raise ValueError(f"{where} got a cache of other tables or optimizers than those of the store")
-    if not isinstance(ids, Mapping) or not ids:
-        raise TypeError(f"{where} needs a mapping of feature names to ids, got {type(ids).__name__}")
     groups = [rows.group for rows in store.groups]
     _check_rows(groups, where)
-    _refuse_remat(where)
-    known = Features(groups, features)
-    parts = [_read_feature(name, value, known) for name, value in ids.items()]
-    lengths = {part.layout.name: part.layout.samples for part in parts}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"every feature needs ids for the same samples, got lengths {lengths}")
-    arrays, _ = _outside_vmap([part[2:] for part in parts], cache.on_demand.admitted)
-    return [_FeatureIds(*part[:2], *new) for part, new in zip(parts, arrays, strict=True)]
-
-
-def _read_feature(name: str, value: Any, known: Features) -> _FeatureIds:
-    feature, group, position = known.locate(name)
-    table = known.groups[group].tables[position]
-    bags = value if isinstance(value, Bags) else Bags(value)
-    # 64-bit ids of NumPy would be cut to 32 on their way into JAX.
-    array = bags.ids if isinstance(bags.ids, jax.Array) else np.asarray(bags.ids)
-    if array.size == 0:
-        array = jnp.zeros(array.shape, jnp.int32)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"ids of feature {name!r} are {array.dtype}; ids must be integers (ids.astype(np.int32))")
-    if array.ndim == 0:
-        raise ValueError(f"every feature needs ids for each sample, [B, ...]; those of {name!r} are a single number")
-    check_combiner(name, feature, bags.offsets is not None, bags.weights is not None)
-    flat = array.reshape(-1)
-    if flat.dtype.itemsize < 4:
-        flat = flat.astype(np.int32)
-    in_range = (flat >= 0) & (flat <= np.asarray(min(int(table.rows) - 1, jnp.iinfo(flat.dtype).max), flat.dtype))
-    present, wrong = in_range, ~in_range
-    limits = jnp.iinfo(array.dtype)
-    if feature.padding is not None and limits.min <= feature.padding <= limits.max:
-        padding = flat == np.asarray(feature.padding, flat.dtype)
-        present, wrong = present & ~padding, wrong & ~padding
-    flat, present, wrong = jnp.asarray(flat.astype(np.int32)), jnp.asarray(present), jnp.asarray(wrong)
-    number, owners, offsets, broken = None, None, None, jnp.zeros((), jnp.int32)
-    if bags.offsets is not None:
-        offsets = jnp.asarray(bags.offsets)
-        if flat.shape != array.shape or offsets.ndim != 1 or not jnp.issubdtype(offsets.dtype, jnp.integer):
-            raise ValueError(
-                f"feature {name!r} has ids of shape {array.shape} and offsets {offsets.dtype}{list(offsets.shape)}: "
-                "ragged ids are one axis [N], and offsets integers [B + 1], where each bag starts, and the end"
-            )
-        offsets, number = offsets.astype(jnp.int32), len(offsets) - 1
-        owners = jnp.searchsorted(offsets[1:], jnp.arange(len(flat), dtype=jnp.int32), side="right").astype(jnp.int32)
-        sound = (offsets[0] == 0) & (offsets[-1] <= len(flat)) & (offsets[1:] >= offsets[:-1]).all()
-        broken = (~sound).astype(jnp.int32)
-        present, wrong = present & (owners < number), wrong & (owners < number)
-    weights = None
-    if bags.weights is not None:
-        weights = jnp.asarray(bags.weights, jnp.float32)
-        if weights.shape != array.shape:
-            raise ValueError(
-                f"the weights of feature {name!r} have shape {weights.shape} and its ids {array.shape}: give one "
-                "weight an id"
-            )
-        weights = weights.reshape(-1)
-    if table.out_of_range == "ignore":
-        wrong = jnp.zeros_like(wrong)
-    if len(flat):
-        problems = jnp.stack([jnp.sum(wrong, dtype=jnp.int32), flat[jnp.argmax(wrong)], broken])
-    else:
-        problems = jnp.stack([jnp.zeros((), jnp.int32)] * 2 + [broken])
-    layout = FeatureLayout(name, group, feature.combiner, array.shape, number, weights is not None)
-    return _FeatureIds(layout, position, flat, present, problems, weights, owners, offsets)
-
-
-@jax.custom_batching.custom_vmap
-def _outside_vmap(*arrays: Any) -> Any:
-    return arrays
-
-
-@_outside_vmap.def_vmap
-def _refuse_vmap(axis_size: int, in_batched: Any, *arrays: Any) -> Any:
-    raise ValueError(
-        "admit and prefetch were called under vmap, where there would be a cache for each of its entries: call them "
-        "outside, with the ids of all entries, and map what becomes of the rows"
-    )
-
-
-def _refuse_remat(where: str) -> None:
-    """Raises where a function that is to be run twice, by remat, is being traced; JAX has no other way to know."""
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == jax.checkpoint.__module__:
-            raise ValueError(
-                f"{where} was called under jax.checkpoint (remat), which would run it twice: call it outside, and give "
-                "the rows to the function that is checkpointed"
-            )
-        frame = frame.f_back
-
-
-def _bounds(
-    cache: CacheState, batch: list[_FeatureIds], unique: int | None, fetch: int | None, where: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of each group: the most unique rows of the batch, and of rows that a callback moves."""
-    for name, value in (("unique_bound", unique), ("fetch_bound", fetch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
-            raise ValueError(f"{where}({name}={value!r}): {name} must be a number of rows, at least 1")
-    uniques, fetches = [], []
-    for number, state in enumerate(cache.groups):
-        lookups = sum(part.layout.lookups for part in batch if part.layout.group == number)
-        # One more than there are slots, so that too many are seen.
-        bound = max(1, min(lookups, state.slots + 1, state.group.rows, unique or lookups))
-        uniques.append(bound)
-        fetches.append(min(bound, max(1024, bound // 8) if fetch is None else int(fetch)))
-    return tuple(uniques), tuple(fetches)
-
-
-def _lookups(batch: list[_FeatureIds], group: int) -> tuple[Array, Array, Array]:
-    """Table, id and presence of each lookup in a group."""
-    none = jnp.zeros(0, jnp.int32)
-    parts = [part for part in batch if part.layout.group == group]
-    tables = [jnp.full(len(part.ids), part.table, jnp.int32) for part in parts]
-    return (
-        jnp.concatenate([none, *tables]),
-        jnp.concatenate([none, *(part.ids for part in parts)]),
-        jnp.concatenate([none.astype(bool), *(part.present for part in parts)]),
-    )
-
-
-# The rows of a batch
-
-
-class _UniqueRows(NamedTuple):
-    """The unique rows of a batch in one group, of which there are at most U."""
-
-    number: Array  # int32[], of them; if there are more than U the others are left out
-    tables: Array  # int32[U]
-    ids: Array  # int32[U]
-    slots: Array  # int32[U], where they are, or NONE
-    missed: Array  # bool[U], which ones are nowhere
-    inverse: Array  # int32[L]
-
-    def compact(self, *arrays: Array) -> tuple[Array, ...]:
-        """Of arrays `[U]` the entries of those that are missed, one behind the other; then something."""
-        (places,) = jnp.nonzero(self.missed, size=len(self.missed), fill_value=0)
-        return tuple(array[places] for array in arrays)
-
-
-def _unique_rows(
-    state: GroupCache, residents: Residents, lookups: tuple[Array, Array, Array], bound: int
-) -> _UniqueRows:
-    unique = slot_index.deduplicate(*lookups, bound)
-    tables, ids = (_take(array, unique.firsts, 0) for array in lookups[:2])
-    wanted = jnp.arange(bound, dtype=jnp.int32) < unique.number
-    slots = slot_index.find(residents.row_index, state.slot_table, tables, ids, wanted)
-    return _UniqueRows(unique.number, tables, ids, slots, wanted & (slots == NONE), unique.inverse)
-
-
-def _take(array: Array, places: Array, filler: int) -> Array:
-    """`array[places]`, and `filler` for places behind its end; of an empty one too, which JAX does not read from."""
-    if not len(array):
-        return jnp.full(places.shape, filler, array.dtype)
-    return array.at[places].get(mode="fill", fill_value=filler)
-
-
-class _Search(NamedTuple):
-    """Where the rows of a batch are in one group, and where the missing ones go.
-
-    Attributes:
-        lookups: `int32[2]`, how many lookups there are, and how many of rows that are missing.
-        number, inverse: as in `_UniqueRows`.
-        unique_slots: `int32[U]`, as in a plan.
-        missing: `int32[]`, how many rows have to come.
-        room: `int32[]`, how many can: free slots, and those that can be freed.
-        tables, ids, slots: `int32[U]`, the missing rows and where they go; then something.
-    """
-
-    lookups: Array
-    number: Array
-    inverse: Array
-    unique_slots: Array
-    missing: Array
-    room: Array
-    tables: Array
-    ids: Array
-    slots: Array
-
-
-def _search(
-    state: GroupCache, residents: Residents, lookups: tuple[Array, Array, Array], bound: int, mode: OnDemand
-) -> _Search:
-    """Finds the rows of a batch, and slots for those that are missing: free ones first, then those of victims."""
-    slots = state.slots
-    rows = _unique_rows(state, residents, lookups, bound)
-    missing = jnp.sum(rows.missed, dtype=jnp.int32)
-    free = slots - residents.used
-    wanted = jnp.zeros(slots, bool).at[jnp.where(rows.slots == NONE, slots, rows.slots)].set(True, mode="drop")
-    in_use = jnp.arange(slots, dtype=jnp.int32) < residents.used
-    evictable = in_use & ~wanted & (residents.stamps <= mode.pinned_after)
-    keys = {"recency": (), "count": (state.counts,), "rank": (residents.ranks,)}[mode.order]
-    victims = jax.lax.cond(
-        missing > free,
-        lambda: slot_index.lowest((*keys, residents.stamps), evictable, missing - free, bound),
-        lambda: jnp.full(bound, slots, jnp.int32),
-    )
-    nth = jnp.arange(bound, dtype=jnp.int32)
-    places = jnp.where(nth < free, residents.used + nth, _take(victims, nth - jnp.minimum(free, nth), slots))
-    places = jnp.where(nth < missing, places, slots)
-    rank = jnp.cumsum(rows.missed.astype(jnp.int32)) - 1
-    unique_slots = jnp.where(rows.missed, places[rank], jnp.where(rows.slots == NONE, slots, rows.slots))
-    tables, ids = rows.compact(rows.tables, rows.ids)
-    room = free + jnp.sum(evictable, dtype=jnp.int32)
-    missed = _take(jnp.append(rows.missed, False), rows.inverse, 0)
-    counted = jnp.stack([jnp.sum(array, dtype=jnp.int32) for array in (lookups[2], missed)])
-    return _Search(counted, rows.number, rows.inverse, unique_slots, missing, room, tables, ids, places)
-
-
-def _entries(tables: Array, ids: Array) -> Array:
-    """Entries of the slot table, `int32[N, 3]`: no id has more than 31 bits here."""
-    return jnp.stack([tables, jnp.zeros_like(ids), ids], axis=1)
-
-
-def _bring_missing_rows(
-    cache: CacheState,
-    store: HostStore,
-    batch: list[_FeatureIds],
-    searches: Sequence[_Search],
-    unique_bounds: Sequence[int],
-    fetch_bounds: Sequence[int],
-) -> tuple[tuple[Any, ...], Array, Array]:
-    """Brings the missing rows into the slots that were found for them, and takes what was there home.
-
-    Returns:
-        The contents of each group; whether all went well; and how many callbacks did.
-    """
-    mode: Any = cache.on_demand
-    described = tuple(
-        (part.layout.name, int(store.groups[part.layout.group].group.tables[part.table].rows)) for part in batch
-    )
-    serve = partial(_serve, store, described, tuple(unique_bounds))
-    problems = jnp.stack([part.problems for part in batch])
-    figures = jnp.stack(
-        [jnp.stack([search.number, search.missing, search.room, *search.lookups]) for search in searches]
-    )
-    results = (
-        jax.ShapeDtypeStruct((), np.int32),
-        tuple(
-            jax.tree.map(
-                lambda leaf, size=size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), state.buffer
-            )
-            for state, size in zip(cache.groups, fetch_bounds, strict=True)
-        ),
-    )
-
-    def move(carry):
-        number, _, accepted, contents = carry
-        slots, entries, leaving = [], [], []
-        for state, kept, search, size in zip(cache.groups, contents, searches, fetch_bounds, strict=True):
-            nth = number * size + jnp.arange(size, dtype=jnp.int32)
-            slots.append(_take(search.slots, nth, state.slots))
-            entries.append(_entries(_take(search.tables, nth, 0), _take(search.ids, nth, 0)))
-            taken = (kept.slot_table, kept.dirty, () if state.group.frozen else kept.buffer)
-            leaving.append(kernels.read(taken, slots[-1]))
-        counters = jnp.stack([mode.admitted, cache.step, cache.fault, number])
-        status, rows = io_callback(serve, results, counters, problems, figures, tuple(entries), tuple(leaving))
-        accept = status == CacheState.NO_FAULT
-        replaced = []
-        for kept, places, new, entry in zip(contents, slots, rows, entries, strict=True):
-            (buffer, slot_table, counts, dirty), _ = kernels.exchange(
-                (kept.buffer, kept.slot_table, kept.counts, kept.dirty),
-                places,
-                (new, entry, jnp.zeros(places.shape, jnp.int32), jnp.zeros(places.shape, bool)),
-                accept,
-                choice=cache.backends,
-            )
-            replaced.append(kept._replace(buffer=buffer, slot_table=slot_table, counts=counts, dirty=dirty))
-        return number + 1, accept, accepted + accept.astype(jnp.int32), tuple(replaced)
-
-    def goes_on(carry):
-        number, accept, _, _ = carry
-        left = [number * size < search.missing for search, size in zip(searches, fetch_bounds, strict=True)]
-        return (number == 0) | (accept & jnp.stack(left).any())
-
-    zero = jnp.zeros((), jnp.int32)
-    start = (zero, jnp.array(False), zero, tuple(state.contents for state in cache.groups))
-    _, accept, accepted, contents = jax.lax.while_loop(goes_on, move, start)
-    return contents, accept, accepted
-
-
-def _settle(
-    state: GroupCache, residents: Residents, search: _Search, moved: Array, mode: OnDemand, accept: Array
-) -> tuple[GroupCache, Residents]:
-    """Notes that the first `moved` of the missing rows are there now, and that all rows of the batch were wanted."""
-    slots = state.slots
-    came = jnp.arange(len(search.slots), dtype=jnp.int32) < moved
-    evicted = residents.evicted + moved - jnp.minimum(moved, slots - residents.used)
-    if mode.order == "count":
-        old = evicted >= min(_HALF_LIFE * slots, _MOST_ROWS)
-        counts = jax.lax.cond(old, lambda counts: counts - counts // 2, lambda counts: counts, state.counts)
-        state, evicted = dataclasses.replace(state, counts=counts), jnp.where(old, 0, evicted)
-    ranks = residents.ranks
-    if mode.order == "rank":
-        ranks = ranks.at[jnp.where(came, search.slots, slots)].set(0, mode="drop")
-    return state, Residents(
-        row_index=slot_index.insert(
-            residents.row_index, state.slot_table, search.tables, search.ids, search.slots, came
-        ),
-        used=jnp.minimum(residents.used + moved, slots),
-        stamps=residents.stamps.at[jnp.where(accept, search.unique_slots, slots)].set(mode.admitted + 1, mode="drop"),
-        ranks=ranks,
-        evicted=evicted,
-    )
-
-
-def _group_plan(unique_slots: Array, inverse: Array) -> GroupPlan:
-    return GroupPlan(unique_slots, inverse, *slot_index.by_row(inverse, len(unique_slots)))
-
-
-def _plan(batch: list[_FeatureIds], searches: Sequence[_Search], step: Array) -> Plan:
-    return Plan(
-        groups=tuple(_group_plan(search.unique_slots, search.inverse) for search in searches),
-        weights={part.layout.name: part.weights for part in batch if part.weights is not None},
-        bags={part.layout.name: part.bags for part in batch if part.bags is not None},
-        offsets={part.layout.name: part.offsets for part in batch if part.offsets is not None},
-        step=step,
-        samples=jnp.array(batch[0].layout.samples, jnp.int32),
-        features=tuple(part.layout for part in batch),
-    )
-
-
-# The callbacks: NumPy alone, and nothing is raised
-
-
-def _serve(
-    store: HostStore,
-    features: tuple[tuple[str, int], ...],
-    unique_bounds: tuple[int, ...],
-    counters: Array,
-    problems: Array,
-    figures: Array,
-    entries: tuple[Array, ...],
-    leaving: tuple[Any, ...],
-) -> tuple[np.int32, tuple[Rows, ...]]:
-    """Takes the victims of an `admit` and hands out the rows that it misses: a part of both in each group.
-
-    Returns:
-        0, or the fault that the cache gets, and rows `[M, ...]` of each group.
-    """
-    transfers, before = store.transfers, store.transfers.admitted
-    sizes = [len(part) for part in entries]
-    try:
-        admitted, step, fault, number = np.asarray(counters).tolist()
-        if not transfers.failed and fault == CacheState.NO_FAULT:
-            figures = np.asarray(figures)
-            if number == 0:
-                _check_admit(store, features, unique_bounds, admitted, step, np.asarray(problems), figures)
-                transfers.drop_used()
-            rows, victims = [], []
-            pieces = zip(store.groups, figures, entries, leaving, sizes, strict=True)
-            for group, (part, (_, missing, *_), new, (old, dirty, buffer), size) in enumerate(pieces):
-                moved = max(0, min(int(missing) - number * size, size))
-                rows.append(transfers.read(group, _keys(part.group, np.asarray(new)[:moved]), size))
-                changed = np.flatnonzero(np.asarray(dirty)[:moved])
-                # Copies: the memory of what a callback is given belongs to the program.
-                taken = jax.tree.map(lambda leaf, changed=changed: np.asarray(leaf)[changed], buffer)
-                victims.append((_keys(part.group, np.asarray(old)[changed]), taken))
-            transfers.take_home(victims)
-            store.mark_behind()
-            if number == 0:
-                unique, missing, _, lookups, missed = figures.T
-                transfers.calls += 1
-                transfers.counted[:, :4] += np.stack([lookups, unique, lookups - missed, missing], axis=1)
-                transfers.admitted += 1
-            transfers.counted[:, 4] += [len(keys) for keys, _ in victims]
-            return np.int32(CacheState.NO_FAULT), tuple(rows)
-    except Interrupted:
-        pass
-    except BaseException as error:
-        transfers.keep(error)
-    transfers.admitted = before
-    none = np.zeros(0, np.int64)
-    refused = tuple(part.read(none, size) for part, size in zip(store.groups, sizes, strict=True))
-    return np.int32(CacheState.ADMIT_FAILED), refused
-
-
-def _start_reading(
-    store: HostStore, room: tuple[int, ...], counters: Array, wanted: tuple[tuple[Array, Array], ...]
-) -> np.int32:
-    """Starts to read what a later `admit` will miss; always 0."""
-    transfers = store.transfers
-    try:
-        admitted, fault = np.asarray(counters).tolist()
-        if not transfers.failed and fault == CacheState.NO_FAULT and admitted == transfers.admitted:
-            keys = [
-                _keys(part.group, np.array(entries)[: int(number)])
-                for part, (number, entries) in zip(store.groups, wanted, strict=True)
-            ]
-            transfers.prefetch(keys, room)
-    except BaseException as error:
-        transfers.keep(error)
-    return np.int32(0)
-
-
-def _keys(group: Group, entries: np.ndarray) -> np.ndarray:
-    """The keys `int64[N]` of rows given by entries of the slot table."""
-    return (entries[:, 2].astype(np.uint64) + group.bases[entries[:, 0]]).view(np.int64)
-
-
-def _check_admit(
-    store: HostStore,
-    features: tuple[tuple[str, int], ...],
-    unique_bounds: tuple[int, ...],
-    admitted: int,
-    step: int,
-    problems: np.ndarray,
-    figures: np.ndarray,
-) -> None:
-    """Raises for ids that cannot be admitted, and for a cache that is not the newest."""
-    newest = store.transfers.admitted
-    if admitted != newest:
-        raise RuntimeError(
-            f"admit got a cache that is not the newest, of step {step}: it has counted {admitted} calls of admit and "
-            f"the store {newest}. Each call must get the cache that the one before returned, "
-            "`cache, plan = jc.admit(cache, ...)` and `cache = jc.update(cache, ...)`; after rows were loaded or a "
-            "LookAhead trained, init a new one"
-        )
-    for (name, rows), (wrong, first, broken) in zip(features, problems.tolist(), strict=True):
-        if broken:
-            raise ValueError(
-                f"admit, step {step}: the offsets of feature {name!r} must rise from 0 to at most the number of ids: "
-                "bag b is ids[offsets[b]:offsets[b + 1]]"
-            )
-        if wrong:
-            raise ValueError(
-                f"admit, step {step}: feature {name!r} has id {first}"
-                + (f", and {wrong - 1} more that are out of range" if wrong > 1 else "")
-                + f"; ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
-            )
-    for part, bound, (number, missing, room, *_) in zip(store.groups, unique_bounds, figures.tolist(), strict=True):
-        names = ", ".join(part.group.names)
-        if missing > room:
-            raise TooFewSlots(
-                f"admit, step {step}: {number} unique rows of {names} are looked up, {missing} of them have to come "
-                f"in, and there is room for {room}: all other slots hold rows of this step. Give more slots, "
-                "jc.init(store, slots=...), or look up fewer rows in a step"
-            )
-        if number > bound:
-            raise TooFewSlots(
-                f"admit, step {step}: {number} unique rows of {names} are looked up, and there is room for {bound}: "
-                "give more slots, jc.init(store, slots=...), or a larger admit(unique_bound=...)"
-            )
+    return TracedBatch.read(groups, ids, features, where)

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache import kernels
-from jaxcache.batches import Batch, Lookups, Shapes, fingerprint, padded
+from jaxcache.batches import Batch, Lookups, Shapes, doubled, fingerprint, padded, roomy
+from jaxcache.blocks import Moves, TrainStep, block_lengths, block_program, check_stacked, content_kind, stack
 from jaxcache.capacity import MEASURED_BATCHES, Capacity
 from jaxcache.features import Feature, FeatureLayout, Features
 from jaxcache.index import ABSENT
@@ -52,10 +53,11 @@ from jaxcache.state import (
 )
 from jaxcache.store import HostStore, RowStore
 
-_READY_BATCHES = 2  # planned batches whose rows wait on the device
+_READY_BATCHES = 2  # planned batches, or blocks of them, whose rows wait on the device
 _RETURNING_BATCHES = 3  # exchanges whose victims are on their way home
 _SIZE_CLASSES = 8  # of an exchange, each half the one above, down to
 _SMALLEST_EXCHANGE = 64  # rows
+_BLOCKS_AHEAD = 3  # from the one that is being collected to the one whose victims are on their way home
 _CHUNK_ROWS = 65_536  # rows moved at a time by `flush` and when every row is brought in
 _POLL_SECONDS = 0.05  # how often a waiting main thread looks for Ctrl-C
 
@@ -134,11 +136,22 @@ class _Ready:
 
     ahead: _Ahead
     content: Any
-    plan: Plan
+    plan: Any
     exchange: _Exchange | None
     lookup_hits: tuple[int, ...]
     unique_bounds: tuple[int, ...]
     growths: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """As `_Ready` for the steps of a block, which themselves have no content, plan and exchange any more."""
+
+    steps: tuple[_Ready, ...]
+    content: Any
+    plan: Any
+    moves: Moves | None
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -152,9 +165,16 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class _Returning:
-    """Victims on their way home: those of each group, what the exchange returned, and copies of it on the host."""
+    """Victims of a step, or of those of a block, on their way home.
 
-    planned: tuple[PlannedBatch, ...]
+    Attributes:
+        planned: of each step and group.
+        rows: of each group, what left the slots; that of each step where the rows that it fetched were.
+        copies: the same on the host, where there are any.
+        record: of each step.
+    """
+
+    planned: tuple[tuple[PlannedBatch, ...], ...]
     rows: tuple[Rows, ...]
     copies: tuple[Rows | None, ...]
     record: Any
@@ -307,18 +327,23 @@ class LookAhead:
         self._first_batches: deque[Any] = deque()  # those that were drawn to find them
         self._programs: dict[tuple[int, int], Any] = {}  # exchanges by group and size
         self._read_programs: dict[tuple[int, int], Any] = {}  # reads of victims, for policies whose rows pass through
+        self._row_bounds: dict[tuple[int, int], int] = {}  # rows that blocks bring, by group and length
         self._drawn, self._planned = _Channel(1), _Channel(1)
         self._ready, self._returning = _Channel(_READY_BATCHES), _Channel(_RETURNING_BATCHES + 1)
         self._threads: list[threading.Thread] = []
         self._progress = threading.Condition()  # guards what follows
         self._exchanged = self._landed = 0
+        self._scanned = 0  # exchanges before those of the latest block
         self._error: BaseException | None = None
         self._write_error: BaseException | None = None
         self._write_error_seen = False
         self._landing: _Returning | None = None
         self._started = self._entered = self._left = False
         self._first_step = 0
-        self._current: _Ready | None = None
+        self._current: _Ready | _Block | None = None
+        self._collecting = False
+        self._steps: int | None = None  # a block, if blocks are collected
+        self._remembered = REMEMBERED_BATCHES
         self._flushed_before_update = False
         self._number = 0
         self._handed_over: float | None = None
@@ -434,7 +459,6 @@ class LookAhead:
         if not self._threads:
             self._start_thread("loader", self._draw_batches)
         self._start_thread("plan", lambda: self._plan_batches(planners, workers))
-        self._start_thread("collect", self._collect_rows)
         self._start_thread("write-back", self._write_back)
         return cache
 
@@ -548,13 +572,103 @@ class LookAhead:
         return self
 
     def __next__(self) -> tuple[Any, Plan]:
-        self._count_step()
-        self._require_running("next()")
+        self._collect("next()", None)
         if self._flushed_before_update:
             # The loop was not left after that flush, so the update that was still to come has been made since.
             self._flushed_before_update = False
             self._store.mark_behind()
+        ready = self._next_ready()
+        if ready is _END:
+            raise StopIteration
+        try:
+            ready.ahead.batch.check_unchanged(self._number)
+        except RuntimeError as error:
+            self._error = error  # the batch is lost: none can follow it
+            raise
+        self._current = ready
+        self._number += 1
+        self._handed_over = time.perf_counter()
+        return ready.content, ready.plan
+
+    def blocks(self, steps: int) -> Iterator[tuple[Any, Plan]]:
+        """Yields batches and plans of up to `steps` steps at once, for `scan`, instead of one by one.
+
+        A block has as many steps as was asked for, or else a power of two of them: before a row is fetched that the
+        block itself evicts, where shapes grow, and at the end of the data.
+
+        Args:
+            steps: most steps of a block. Rows and batches of three such blocks are held beside those in the window.
+
+        Returns:
+            An iterator of `(batches, plans)`: trees like a batch and a `Plan` whose leaves are stacked, `[k, ...]`, so
+            that `plans.step` is `int32[k]`. Leaves that differ in shape from batch to batch, such as ragged ids,
+            become an `object[k]` of arrays.
+
+        Raises:
+            ValueError: if `steps` is no integer of at least 1.
+            RuntimeError: outside `with`, before `start`, and after `next()` or blocks of other sizes; from the
+                iterator, if a block was not scanned.
+            Exception: from the iterator, what the loader or an earlier write-back raised.
+
+        >>> import optax
+        >>> from jaxcache import HostStore, Table, lookup, update
+        >>> store = HostStore({"user": Table(100, 2)}, optimizer=optax.sgd(0.5))
+        >>> def train_step(cache, plan, total, batch):
+        ...     rows = lookup(cache, plan)["user"]
+        ...     return update(cache, plan, {"user": rows}), total + batch["user"], batch["user"].sum()
+        >>> batches = [{"user": np.array([i, i + 1], np.int32)} for i in range(5)]
+        >>> total = np.zeros(2, np.int32)
+        >>> with LookAhead(store, batches, ids=lambda batch: batch, slots=20) as ahead:
+        ...     cache = ahead.start()
+        ...     for batches, plans in ahead.blocks(4):
+        ...         cache, total, outputs = ahead.scan(train_step, cache, plans, total, batches)
+        ...         print(outputs)
+        ...     cache = ahead.flush(cache)
+        [1 3 5 7]
+        [9]
+        >>> print(total, store.step)
+        [10 15] 5
+        """
+        if not _is_positive(steps):
+            raise ValueError(f"blocks({steps!r}): the steps of a block must be an integer, at least 1")
+        self._collect("blocks", int(steps))
+        return iter(functools.partial(self._next_block, int(steps)), _END)
+
+    def _next_block(self, steps: int) -> Any:
+        """The next block's batches and plans, or _END."""
+        self._collect("blocks", steps)
+        block = self._next_ready()
+        if block is _END:
+            return _END
+        self._current = block
+        self._number += len(block.steps)
+        self._handed_over = time.perf_counter()
+        return block.content, block.plan
+
+    def _collect(self, what: str, steps: int | None) -> None:
+        """Starts to collect rows of single steps, or of blocks, when `what` is called first; later both must agree."""
+        self._count_step()
+        self._require_running(what)
+        if not self._collecting:
+            self._collecting, self._steps = True, steps
+            if steps is not None:
+                self._remembered = max(REMEMBERED_BATCHES, _BLOCKS_AHEAD * steps)
+            self._start_thread("collect", self._collect_rows if steps is None else self._collect_blocks)
+        if steps != self._steps:
+            raise RuntimeError(
+                f"{what if steps is None else f'blocks({steps})'} was called on a pipeline that yields "
+                + ("batches one by one" if self._steps is None else f"blocks({self._steps})")
+                + ": it goes on as it began, make a new LookAhead for another pass"
+            )
+
+    def _next_ready(self) -> Any:
+        """What was collected next, or _END."""
         self._raise_if_interrupted()
+        if isinstance(self._current, _Block):
+            raise RuntimeError(
+                f"the block up to batch {self._number - 1} was not scanned: the first line of the loop must be "
+                "`cache, train, outputs = ahead.scan(train_step, cache, plans, train, batches)`"
+            )
         if self._current is not None:
             raise RuntimeError(
                 f"batch {self._number - 1} was not exchanged: the first line of the loop must be "
@@ -568,16 +682,7 @@ class LookAhead:
             raise
         if ready is _END:
             self._ready.put(_END, self._stages["step"])  # so that another next() ends as well
-            raise StopIteration
-        try:
-            ready.ahead.batch.check_unchanged(self._number)
-        except RuntimeError as error:
-            self._error = error  # the batch is lost: none can follow it
-            raise
-        self._current = ready
-        self._number += 1
-        self._handed_over = time.perf_counter()
-        return ready.content, ready.plan
+        return ready
 
     def exchange(self, cache: CacheState, plan: Plan) -> CacheState:
         """Brings the missed rows of a batch into the cache and takes victims out; both go on while Python goes on.
@@ -599,7 +704,12 @@ class LookAhead:
         self._raise_if_interrupted()
         self._check_cache(cache, "exchange")
         ready = self._current
-        if ready is None:
+        if self._steps is not None:
+            raise RuntimeError(
+                "exchange is for single steps, and this pipeline yields blocks of them: call "
+                "`cache, train, outputs = ahead.scan(train_step, cache, plans, train, batches)`"
+            )
+        if not isinstance(ready, _Ready):
             raise RuntimeError(
                 "exchange was called twice for one batch, or before the first: call it once, first thing in the loop"
             )
@@ -608,37 +718,105 @@ class LookAhead:
                 "exchange got the plan of another batch: give the very object that was yielded last, with batch "
                 f"{self._number - 1}"
             )
-        self._wait_for_landing()
+        self._wait_for_landing(self._exchanged - _RETURNING_BATCHES + 1)
         exchange, planned = ready.exchange, ready.ahead.planned
         if exchange is None:
-            exchange = self._take_victims_home(cache, ready)
-            planned = tuple(dataclasses.replace(part, victims=_NO_KEYS) for part in planned)
+            exchange = self._take_victims_home(
+                cache, ready, lambda: self._exchange(ready.ahead, ready.unique_bounds), _sent
+            )
+            planned = _without_victims(planned)
         counters = Counters.of(cache)
         groups, rows = [], []
         for program, group, part in zip(exchange.programs, cache.groups, exchange.groups, strict=True):
             contents, outgoing = program(group.contents, counters, part, exchange.step)
             groups.append(group.holding(contents))
             rows.append(outgoing)
-        copies: list[Rows | None] = [None] * len(rows)
-        if (host := _host_memory(self._device)) is not None:
-            # Copied while the device goes on, into memory that NumPy reads as it is.
-            for number, moved in enumerate(planned):
-                if len(moved.victims) and not cache.groups[number].group.frozen:
-                    # Where there is none left they are read from the device: the cache was donated, and is not lost.
-                    with contextlib.suppress(jax.errors.JaxRuntimeError):
-                        copies[number] = jax.device_put(rows[number], host)
         counters, record = _compile_count(self._device)(counters, exchange.step)
         state = dataclasses.replace(cache, groups=tuple(groups), **counters._asdict())
-        self._current = None
-        self._store.mark_behind()
-        # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
-        self._returning.put(_Returning(planned, tuple(rows), tuple(copies), record), self._stages["step"])
-        with self._progress:
-            self._exchanged += 1
+        self._send_home((planned,), tuple(rows), record)
         self._count_exchange(ready)
         return state
 
-    def _take_victims_home(self, cache: CacheState, ready: _Ready) -> _Exchange:
+    def scan(
+        self, train_step: TrainStep, cache: CacheState, plans: Plan, train: Any, batches: Any
+    ) -> tuple[CacheState, Any, Any]:
+        """Exchanges and trains the steps of a block, one after the other, in one program: a `jax.lax.scan`.
+
+        The training is that of the loop with `exchange`, bit for bit.
+
+        Args:
+            train_step: `(cache, plan, train, batch) -> (cache, train, output)`, the step of that loop: pure, jitted or
+                not. It is compiled for each length of a block, so give the same function every time.
+            cache: the cache after the block before. It is donated.
+            plans: the plans that were yielded last.
+            train: what else the step changes, such as parameters and optimizer state: a pytree of arrays, whose shapes
+                and dtypes stay. It is donated.
+            batches: the batches that were yielded last, or a pytree of those parts that the step uses.
+
+        Returns:
+            The cache and `train` after the block, and the outputs of its k steps, leaves `[k, ...]`.
+
+        Raises:
+            RuntimeError: for other plans than those yielded last, at the second call for them, for a cache that was
+                donated; and for a mistake of an earlier step that only the device could see, a block or two later.
+            ValueError: if leaves of `batches` have no leading axis of k steps.
+            TypeError: if `train_step` returns something else.
+            Exception: what an earlier write-back raised.
+        """
+        self._require_running("scan")
+        self._raise_if_interrupted()
+        self._check_cache(cache, "scan")
+        block = self._current
+        if not isinstance(block, _Block):
+            raise RuntimeError(
+                "scan runs what `for batches, plans in ahead.blocks(steps)` yields: call it once for each block"
+                + ("" if block is None else ", and exchange for single batches")
+            )
+        if plans is not block.plan:
+            raise RuntimeError(
+                "scan got the plans of another block: give the very object that was yielded last, with the batches up "
+                f"to {self._number - 1}"
+            )
+        check_stacked(batches, len(block.steps))
+        self._wait_for_landing(self._scanned)
+        moves, planned = block.moves, tuple(step.ahead.planned for step in block.steps)
+        if moves is None:
+            moves = self._take_victims_home(
+                cache, block.steps[0], lambda: self._moves(block.steps, block.sizes), jax.device_put
+            )
+            planned = tuple(map(_without_victims, planned))
+        with jax.default_device(self._device):
+            cache, train, outputs, rows, records = block_program(self._device)(
+                train_step, block.sizes, cache, train, moves, plans, batches
+            )
+        if len(block.steps) == 1:
+            outputs = _add_axis(outputs)
+        self._scanned = self._exchanged
+        self._send_home(planned, rows, records)
+        for step in block.steps:
+            self._count_exchange(step)
+        return cache, train, outputs
+
+    def _send_home(self, planned: tuple[tuple[PlannedBatch, ...], ...], rows: tuple[Rows, ...], record: Any) -> None:
+        """Sends the victims of the batch, or the block, that was yielded last on their way."""
+        copies: list[Rows | None] = [None] * len(rows)
+        if (host := _host_memory(self._device)) is not None:
+            # Copied while the device goes on, into memory that NumPy reads as it is.
+            for number, store in enumerate(self._store.groups):
+                if any(len(moved[number].victims) for moved in planned) and not store.group.frozen:
+                    # Where there is none left they are read from the device: the cache was donated, and is not lost.
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        copies[number] = jax.device_put(rows[number], host)
+        self._current = None
+        self._store.mark_behind()
+        # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
+        self._returning.put(_Returning(planned, rows, tuple(copies), record), self._stages["step"])
+        with self._progress:
+            self._exchanged += len(planned)
+
+    def _take_victims_home(
+        self, cache: CacheState, ready: _Ready, collect: Callable[[], Any], send: Callable[[Any], Any]
+    ) -> Any:
         """Writes a batch's victims home, and only then reads the rows that it fetches: some are the same."""
         with self._progress:
             while self._landed < self._exchanged and self._write_error is None:
@@ -658,17 +836,17 @@ class LookAhead:
             with self._stages["write-back"].working():
                 self._write_home(self._store.groups[number], planned.victims, rows, slice(0, victims))
         with self._stages["collect"].working():
-            exchange = self._exchange(ready.ahead, ready.unique_bounds)
+            exchange = collect()
         with self._stages["send"].working():
-            exchange = _sent(exchange)
+            exchange = send(exchange)
         self._count_wait(time.perf_counter() - started)
         return exchange
 
-    def _wait_for_landing(self) -> None:
-        """Waits while as many exchanges are under way as may be: the device, or the write-back, is behind."""
+    def _wait_for_landing(self, number: int) -> None:
+        """Waits until the victims of `number` exchanges are home, where the device, or the write-back, is behind."""
         started, written = time.perf_counter(), self._stages["write-back"].busy
         with self._progress:
-            while self._exchanged - self._landed >= _RETURNING_BATCHES and self._write_error is None:
+            while self._landed < number and self._write_error is None:
                 self._progress.wait(_POLL_SECONDS)
                 self._raise_if_interrupted()
             self._raise_write_error()
@@ -761,7 +939,7 @@ class LookAhead:
         self._store.catch_up(scalars, int(cache.step))
 
     @staticmethod
-    def _write_home(store: RowStore, keys: np.ndarray, rows: Rows, part: slice) -> None:
+    def _write_home(store: RowStore, keys: np.ndarray, rows: Rows, part: slice | np.ndarray) -> None:
         """Writes the rows at `part` of arrays on the device into the store."""
         store.write(keys, jax.tree.map(lambda leaf: np.asarray(leaf)[part], rows))
 
@@ -956,6 +1134,8 @@ class LookAhead:
                     batch = drawn.observed()
                 limited = limited or any(planner.limited for planner in planners)
                 with stage.working():
+                    for planner in planners:
+                        planner.memory = self._remembered
                     planned = tuple(planner.plan() for planner in planners)
                 limited = limited and any(len(part.victims) for part in planned)
                 trained = (not rows.group.frozen for rows in self._store.groups)
@@ -991,23 +1171,85 @@ class LookAhead:
             with collect.working():
                 self._shapes.fit(batch, [len(planned.unique_slots) for planned in ahead.planned])
                 self._compile_exchanges()
-                bounds, growths = self._shapes.unique_bounds, self._shapes.growths
-                exchange = None if ahead.home_first else self._exchange(ahead, bounds)
-                rows = [
-                    (observed.inverse, observed.occurrences, planned.unique_slots)
-                    for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
-                ]
-                plan = self._shapes.plan(batch, rows, self._first_step + ahead.number)
-                content = self._shapes.pad(batch)
+                exchange = None if ahead.home_first else self._exchange(ahead, self._shapes.unique_bounds)
+                ready = self._collected(ahead)
             with send.working():
                 # These arrays are fresh and never written again, so that a transfer without a copy is sound.
-                plan, exchange = jax.device_put(plan), None if exchange is None else _sent(exchange)
-            hits = tuple(
-                len(observed.inverse) - int(observed.occurrences[planned.missed].sum())
-                for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
-            )
-            self._ready.put(_Ready(ahead, content, plan, exchange, hits, bounds, growths), send)
+                plan, exchange = jax.device_put(ready.plan), None if exchange is None else _sent(exchange)
+            self._ready.put(dataclasses.replace(ready, plan=plan, exchange=exchange), send)
         self._ready.put(_END, send)
+
+    def _collected(self, ahead: _Ahead) -> _Ready:
+        """A batch that the shapes fit, with its plan in memory of the host, and without its rows."""
+        batch, shapes = ahead.batch, self._shapes
+        rows = [
+            (observed.inverse, observed.occurrences, planned.unique_slots)
+            for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
+        ]
+        plan = shapes.plan(batch, rows, self._first_step + ahead.number)
+        hits = tuple(
+            len(observed.inverse) - int(observed.occurrences[planned.missed].sum())
+            for observed, planned in zip(ahead.observed, ahead.planned, strict=True)
+        )
+        return _Ready(ahead, shapes.pad(batch), plan, None, hits, shapes.unique_bounds, shapes.growths)
+
+    def _collect_blocks(self) -> None:
+        collect, send = self._stages["collect"], self._stages["send"]
+        steps: list[_Ready] = []
+        while (ahead := self._planned.get(collect)) is not _END:
+            home = -1 if ahead.home_first else ahead.wait_for
+            if ahead.home_first or home >= ahead.number - len(steps):
+                # It fetches rows that the block itself is to evict, or evicts before it fetches.
+                steps = self._send_blocks(steps)
+            self._wait_for_write_back(max(home, ahead.number - self._remembered), collect)
+            with collect.working():
+                self._shapes.fit(ahead.batch, [len(planned.unique_slots) for planned in ahead.planned])
+                if self._policy.passes:
+                    self._compile_exchanges()  # for the reads of victims among them
+                ready = self._collected(ahead)
+            if steps and (
+                steps[-1].growths != ready.growths or content_kind(steps[-1].content) != content_kind(ready.content)
+            ):
+                steps = self._send_blocks(steps)
+            steps.append(ready)
+            if ahead.home_first or len(steps) == self._steps:
+                steps = self._send_blocks(steps)
+        self._send_blocks(steps)
+        self._ready.put(_END, send)
+
+    def _send_blocks(self, steps: list[_Ready]) -> list[_Ready]:
+        """Makes blocks of steps in a row. Returns those that are left: none."""
+        collect, send, first = self._stages["collect"], self._stages["send"], 0
+        for length in block_lengths(len(steps), self._steps or 1):
+            part = tuple(steps[first : first + length])
+            first += length
+            with collect.working():
+                content, plan = stack([step.content for step in part]), stack([step.plan for step in part])
+                for step in part:
+                    step.ahead.batch.check_unchanged(step.ahead.number)
+                sizes = tuple(self._sizes(number, bound)[-1] for number, bound in enumerate(part[0].unique_bounds))
+                moves = None if part[0].ahead.home_first else self._moves(part, sizes)
+                part = tuple(map(_emptied, part))
+            with send.working():
+                plan, moves = jax.device_put((plan, moves))
+            self._ready.put(_Block(part, content, plan, moves, sizes), send)
+        return []
+
+    def _moves(self, steps: Sequence[_Ready], sizes: tuple[int, ...]) -> Moves:
+        """The rows that the steps of a block fetch, in NumPy, all of each group in one array with room to spare."""
+        groups = []
+        counts = np.array([[len(part.fetched) for part in step.ahead.planned] for step in steps], np.int32)
+        starts = np.cumsum(counts, axis=0, dtype=np.int32) - counts
+        for number, size in enumerate(sizes):
+            needed = max(int(starts[-1, number]), 1)
+            bound = doubled(self._row_bounds.get((number, len(steps)), roomy(needed)), needed)
+            self._row_bounds[number, len(steps)] = bound
+            most = 0 if self._resident[number] else (len(steps) - 1) * size
+            planned = [step.ahead.planned[number] for step in steps]
+            fetched = np.concatenate([part.fetched for part in planned])
+            slots = np.concatenate([part.slots for part in planned])
+            groups.append(self._group_exchange(number, fetched, slots, min(bound, most) + size))
+        return Moves(tuple(groups), starts, counts)
 
     def _wait_for_write_back(self, number: int, stage: Stage) -> None:
         """Waits until the victims of batch `number` are home."""
@@ -1070,23 +1312,24 @@ class LookAhead:
             self._landing = None
 
     def _land(self, returning: _Returning) -> None:
-        """Reads the record of an exchange and writes its victims home."""
+        """Reads the records of exchanges and writes home the victims of those that were made."""
         stage = self._stages["write-back"]
         with stage.waiting():
-            fault, step, exchanged, accepted = np.asarray(returning.record).tolist()
-        if not accepted:
-            raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
+            records = np.asarray(returning.record).reshape(-1, 4)
+        made = int(np.minimum.accumulate(records[:, 3]).sum())
         with stage.working():
-            parts = zip(returning.planned, returning.rows, returning.copies, self._store.groups, strict=True)
-            for planned, rows, copy, store in parts:
-                if len(planned.victims) and not store.group.frozen:
-                    last = len(planned.fetched)
-                    arrived = _arrived(rows, copy)
-                    self._write_home(store, planned.victims, arrived, slice(last - len(planned.victims), last))
+            parts = zip(returning.rows, returning.copies, self._store.groups, strict=True)
+            for number, (rows, copy, store) in enumerate(parts):
+                victims, places = _victims([planned[number] for planned in returning.planned[:made]])
+                if len(victims) and not store.group.frozen:
+                    self._write_home(store, victims, _arrived(rows, copy), places)
         with self._progress:
-            self._landed += 1
-            self._store.exchanged += 1
+            self._landed += made
+            self._store.exchanged += made
             self._progress.notify_all()
+        if made < len(records):
+            fault, step, exchanged, _ = records[made].tolist()
+            raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
 
 
 class _FaultError(RuntimeError):
@@ -1124,6 +1367,26 @@ def _sent(exchange: _Exchange) -> _Exchange:
     """The exchange with its arrays on the device."""
     groups, step = jax.device_put((exchange.groups, exchange.step))
     return dataclasses.replace(exchange, groups=groups, step=step)
+
+
+def _emptied(step: _Ready) -> _Ready:
+    """A step of a block, whose content and plan were stacked, so that its batch is held no longer."""
+    batch = dataclasses.replace(step.ahead.batch, content=None, held=[])
+    return dataclasses.replace(step, ahead=dataclasses.replace(step.ahead, batch=batch), content=None, plan=None)
+
+
+def _without_victims(planned: tuple[PlannedBatch, ...]) -> tuple[PlannedBatch, ...]:
+    return tuple(dataclasses.replace(part, victims=_NO_KEYS) for part in planned)
+
+
+def _victims(planned: Sequence[PlannedBatch]) -> tuple[np.ndarray, slice | np.ndarray]:
+    """The victims of steps of a group, and their places where the rows that these steps fetched are in a row."""
+    stops = np.cumsum([len(part.fetched) for part in planned])
+    places = [slice(stop - len(part.victims), stop) for part, stop in zip(planned, stops, strict=True)]
+    if len(planned) == 1:
+        return planned[0].victims, places[0]
+    keys = np.concatenate([_NO_KEYS, *(part.victims for part in planned)])
+    return keys, np.concatenate([_NO_SLOTS, *(np.arange(part.start, part.stop) for part in places)])
 
 
 def _host_memory(device: jax.Device) -> jax.sharding.Sharding | None:
@@ -1185,3 +1448,4 @@ def _compile_read(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], size: 
 
 _NO_KEYS, _NO_SLOTS = np.zeros(0, np.int64), np.zeros(0, np.int32)
 _read_rows = jax.jit(kernels.read)
+_add_axis = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf[None], tree))

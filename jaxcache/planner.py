@@ -100,6 +100,8 @@ class Planner(Protocol):
     planned = planner.plan()
     """
 
+    memory: int
+
     @property
     def ahead(self) -> int:
         """Batches that are observed and not planned."""
@@ -622,6 +624,7 @@ class LookAheadPlanner:
 
     Attributes:
         limited: whether the window was cut short by `max_window` when `wants_batch` was called last.
+        memory: as given; it may be raised before so many batches were planned.
 
     >>> from jaxcache.tables import Table
     >>> planner = LookAheadPlanner(Group.stack({"user": Table(100, 4)}), slots=2, window=1)
@@ -645,7 +648,7 @@ class LookAheadPlanner:
         workers: Workers | None = None,
     ):
         policy = policy or lookahead()
-        self._slots, self._memory, self._max_window = slots, memory, max_window
+        self._slots, self.memory, self._max_window = slots, memory, max_window
         self._order, self._passes = _ORDERS[policy.order], policy.passes
         self._window: Window = window if policy.window is None else policy.window
         self._bases, self._names = group.bases, group.names
@@ -826,7 +829,7 @@ class LookAheadPlanner:
                 f"groups slots={{{self._names[0]!r}: {unique}, ...}}, or smaller batches"
             )
         first_use = self._first_use()
-        if len(self._victims) > self._memory:
+        if len(self._victims) > self.memory:
             batch, forgotten = self._planned - len(self._victims), self._victims.popleft()
             _forget(batch, forgotten, first_use, self._cells, self._entries, self._counters)
         missed, absent = self._misses()
@@ -891,6 +894,7 @@ class ResidentPlanner:
     """
 
     limited = False
+    memory = 0  # nothing is evicted
 
     def __init__(self, group: Group):
         self._group = group

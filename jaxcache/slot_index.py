@@ -81,14 +81,14 @@ def _claim(index: SlotIndex, tables: Array, ids: Array, slots: Array, valid: Arr
     size = len(index.cells)
     place, stride = _probes(tables, ids, size)
 
-    def take(state):
+    def claim(state):
         cells, place, pending = state
         free = pending & (cells[place] == NONE)
         cells = cells.at[jnp.where(free, place, size)].max(slots, mode="drop")  # of several the highest slot gets it
         pending &= cells[place] != slots
         return cells, (place + stride) & (size - 1), pending
 
-    cells, _, _ = jax.lax.while_loop(lambda state: state[2].any(), take, (index.cells, place, valid))
+    cells, _, _ = jax.lax.while_loop(lambda state: state[2].any(), claim, (index.cells, place, valid))
     return SlotIndex(cells, index.claimed + jnp.sum(valid, dtype=jnp.int32))
 
 
@@ -217,3 +217,10 @@ def _order_statistic(key: Array, among: Array, number: Array) -> Array:
 
     limits = jnp.min(jnp.where(among, key, _MOST)), jnp.max(jnp.where(among, key, 0))
     return jax.lax.while_loop(lambda limits: limits[0] < limits[1], halve, limits)[0]
+
+
+def take(array: Array, places: Array, filler: int) -> Array:
+    """`array[places]`, and `filler` for places behind its end; of an empty one too, which JAX does not read from."""
+    if not len(array):
+        return jnp.full(places.shape, filler, array.dtype)
+    return array.at[places].get(mode="fill", fill_value=filler)

@@ -6,7 +6,6 @@ import errno
 import operator
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -68,7 +67,7 @@ class RowStore:
         self._lock = threading.RLock()
         self._cells = index.empty(1024)
         self._written = 0
-        self._rows = self._allocate(0)
+        self._rows = self.allocate(0)
 
     def __repr__(self):
         return f"RowStore({self.describe()}; {self._written:,} rows written)"
@@ -95,7 +94,7 @@ class RowStore:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row: weights and optimizer state."""
-        return sum(leaf[:1].nbytes for leaf in self._leaves(self._allocate(1)))
+        return sum(leaf[:1].nbytes for leaf in self._leaves(self.allocate(1)))
 
     @property
     def table_bytes(self) -> int:
@@ -117,7 +116,7 @@ class RowStore:
         Returns:
             `Rows` of weights in the dtype of the group, `[size, dim]`, and of the optimizer's row leaves `[size, ...]`.
         """
-        rows = self._allocate(len(keys) if size is None else size)
+        rows = self.allocate(len(keys) if size is None else size)
         positions = np.empty(len(keys), np.int64)
         with self._lock:
             index.find_all(self._cells, keys, positions)
@@ -194,7 +193,8 @@ class RowStore:
     def _leaves(self, rows: Rows) -> tuple[np.ndarray, ...]:
         return (rows.weights, *rows.state)
 
-    def _allocate(self, count: int) -> Rows:
+    def allocate(self, count: int) -> Rows:
+        """New rows of any content."""
         return Rows(
             np.empty((count, self.group.dim), self.group.dtype),
             tuple(np.empty((count, *leaf.shape), leaf.dtype) for leaf in self.optimizer.row_shapes),
@@ -203,7 +203,7 @@ class RowStore:
     def _reserve(self, count: int) -> None:
         """Grows the arrays of written rows to hold `count`, by doubling: memory is not touched before it is written."""
         if count > len(self._rows.weights):
-            larger = self._allocate(min(max(count, 2 * self._written, 1024), self.group.rows))
+            larger = self.allocate(min(max(count, 2 * self._written, 1024), self.group.rows))
             for new, old in zip(self._leaves(larger), self._leaves(self._rows), strict=True):
                 new[: self._written] = old[: self._written]
             self._rows = larger
@@ -268,7 +268,6 @@ class HostStore:
         self.transfers = Transfers(self.groups)
         self._pipeline: object | None = None
         self._behind = False
-        self._previous_handler: Any = None
 
     def __repr__(self):
         groups = "; ".join(group.describe() for group in self.groups)
@@ -276,26 +275,12 @@ class HostStore:
 
     def __enter__(self) -> HostStore:
         self.transfers.open()
-        on_main = threading.current_thread() is threading.main_thread()
-        # A program that handles Ctrl-C in its own way keeps its handler.
-        if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        try:
-            self.transfers.close()
-        finally:
-            if self._previous_handler is not None:
-                signal.signal(signal.SIGINT, self._previous_handler)
-                self._previous_handler = None
+        self.transfers.close()
         if error is None:
             self.raise_failure()
-
-    def _on_interrupt(self, number, frame) -> None:
-        if self.transfers.interrupted:
-            raise KeyboardInterrupt
-        self.transfers.interrupted = True
 
     def raise_failure(self) -> None:
         """Raises what went wrong in a program that calls `admit`, or a Ctrl-C that came in `with store:`, once.

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcache import index
 from jaxcache.index import ABSENT
+from jaxcache.interrupts import Interrupts
 from jaxcache.optimizers import Rows
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Part:
         return positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Victims:
     """Victims on their way home, of each group."""
 
@@ -77,7 +78,7 @@ class Transfers:
     Attributes:
         admitted: calls of `admit` whose rows were handed out: what the newest cache has counted too.
         failure: the first thing that went wrong; None if nothing did.
-        interrupted: whether Ctrl-C was pressed and has not been raised yet.
+        interrupts: notes Ctrl-C in `with store:`.
         calls: of `admit`, since the store was made.
         counted: for each group in them lookups, unique rows, lookups of rows that were there, rows fetched, rows taken
             home, rows flushed: `int64[groups, 6]`.
@@ -88,10 +89,10 @@ class Transfers:
         self._changed = threading.Condition()  # guards what follows
         self.admitted = 0
         self.failure: BaseException | None = None
-        self.interrupted = False
+        self.interrupts = Interrupts()
         self.calls = 0
         self.counted = np.zeros((len(self._groups), 6), np.int64)
-        self._closed = False
+        self._opened = self._closed = False
         self._returning: deque[_Victims] = deque()
         self._write_error: BaseException | None = None
         self._prefetches: deque[_Prefetch] = deque()
@@ -112,8 +113,7 @@ class Transfers:
         """Whether nothing may be moved; Ctrl-C and a closed store are noted as failures here."""
         if self.failure is None and self._write_error is not None:
             self.keep(self._write_error)
-        if self.failure is None and self.interrupted:
-            self.interrupted = False
+        if self.failure is None and self.interrupts.noted:
             self.keep(KeyboardInterrupt())
         if self.failure is None and self._closed:
             self.keep(
@@ -128,10 +128,11 @@ class Transfers:
         """Raises what went wrong, or a Ctrl-C that came, once; then training can start again."""
         with self._changed:
             failure, self.failure = self.failure, None
-            if failure is None and self.interrupted:
-                failure, self.interrupted = KeyboardInterrupt(), False
+        if isinstance(failure, KeyboardInterrupt):
+            self.interrupts.clear()
         if failure is not None:
             raise failure
+        self.interrupts.raise_if_noted()
 
     # For callbacks, which catch what these raise
 
@@ -143,12 +144,17 @@ class Transfers:
         """
         with self._changed:
             prefetches = list(self._prefetches)
+        source = None
         for prefetch in prefetches:
             positions = prefetch.parts[group].find(keys)
             found = positions != ABSENT
             found[found] = ~prefetch.stale[group][positions[found]]
-            if not found.any():
-                continue
+            if found.any() and source is None:
+                source = prefetch, positions, found
+            # What is in the cache now may change there: it must not be handed out once more.
+            prefetch.stale[group][positions[found]] = True
+        if source is not None:
+            prefetch, positions, found = source
             prefetch.used = True
             ahead: Rows = self._arrived(prefetch.future)[group]
             first = int(positions[0])
@@ -196,14 +202,14 @@ class Transfers:
             self._returning.append(taken)
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(1, "jaxcache-write-back")
-            self._writer.submit(self._write_oldest)
+            self._writer.submit(self._write, taken)
 
-    def _write_oldest(self) -> None:
-        # Those behind a failed one wait for it, or older rows would land last; `wait_until_home` may have written all.
-        if self._write_error is not None or not self._returning:
+    def _write(self, victims: _Victims) -> None:
+        # Those behind one that failed wait for it, or older rows would land last; a flush may have written them.
+        if self._write_error is not None or victims not in self._returning:
             return
         try:
-            self._land(self._returning[0])
+            self._land(victims)
         except BaseException as error:
             with self._changed:  # both at once, or it could be raised and forgotten before it is kept
                 self._write_error = error
@@ -273,18 +279,24 @@ class Transfers:
             self._prefetches.clear()
 
     def open(self) -> None:
-        """Lets programs move rows again after `close`."""
-        self._closed = False
+        """Lets programs move rows until `close`, after which they may no more. Raises RuntimeError if it was open."""
+        if self._opened:
+            raise RuntimeError("this store is open: `with store:` cannot be nested, enter it once around all programs")
+        self._opened, self._closed = True, False
+        self.interrupts.install()
 
     def close(self) -> None:
         """Refuses everything from now on, and waits for victims on their way home and for the threads."""
         with self._changed:
-            self._closed = True
+            self._opened, self._closed = False, True
             self._prefetches.clear()
             writer, reader, self._writer, self._reader = self._writer, self._reader, None, None
-        for pool in (writer, reader):
-            if pool is not None:
-                pool.shutdown()
+        try:
+            for pool in (writer, reader):
+                if pool is not None:
+                    pool.shutdown()
+        finally:
+            self.interrupts.remove()
 
 
 def _merged(size: int, *pieces: tuple[np.ndarray, Rows, np.ndarray]) -> Rows:

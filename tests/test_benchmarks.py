@@ -93,6 +93,19 @@ def test_planning_is_timed_with_every_window_and_number_of_threads(tmp_path):
     assert records[0]["mean_window"] == 2 < records[2]["mean_window"]
 
 
+@pytest.mark.slow
+def test_the_on_demand_benchmark_reports_every_contender(tmp_path):
+    out = tmp_path / "ondemand.json"
+    done = run("ondemand.py", "--tiny", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(out.read_text())
+    assert {record["section"] for record in records} == {"step", "dispatch", "overlap"}
+    assert {record["name"] for record in records} >= {"on demand, lru", "look-ahead loop", "prefetch", "no prefetch"}
+    for record in records:
+        assert 0 < record["quartiles_ms"][0] <= record["median_ms"] <= record["quartiles_ms"][1]
+    assert run("ondemand.py", "--sections", "nonsense").returncode == 2
+
+
 @pytest.fixture(scope="module")
 def gpu_results(tmp_path_factory):
     """What `benchmarks/gpu.py` finds with sizes that only try it."""
@@ -110,10 +123,9 @@ def test_every_section_of_the_gpu_benchmark_runs_on_a_cpu_and_says_that_it_is_on
     platform = results["sections"]["device"][0]["records"][0]["platform"]
     assert platform != "cpu" or "THIS IS A CPU" in printed
     measured = {name for name, parts in results["sections"].items() if all(part["records"] for part in parts)}
-    assert measured >= {"device", "correctness", "twins", "operations", "pipeline", "policies"}
+    assert measured >= {"device", "correctness", "twins", "operations", "pipeline", "policies", "on-demand"}
     # What could not be done is named, there and here.
-    for name in ("on-demand", "peers"):
-        assert all(part["records"] or part["skipped"] for part in results["sections"][name])
+    assert all(part["records"] or part["skipped"] for part in results["sections"]["peers"])
 
 
 @pytest.mark.slow

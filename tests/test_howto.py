@@ -49,10 +49,10 @@ def clicks(monkeypatch):
 
 
 def test_every_script_of_the_guide_is_tested_here():
-    assert list(blocks("train.md")) == ["clicks", "plain", "jax", "linen", "nnx"]
+    assert list(blocks("train.md")) == ["clicks", "plain", "jax", "linen", "nnx", "blocks"]
 
 
-@pytest.mark.parametrize("name", ["plain", "jax", "linen", "nnx"])
+@pytest.mark.parametrize("name", ["plain", "jax", "linen", "nnx", "blocks"])
 def test_the_scripts_train(name, clicks, capsys):
     scope = run("train.md", name, {"__name__": "script"})
     losses = np.array(scope["losses"])

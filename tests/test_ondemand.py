@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxcache as jc
-from jaxcache import ondemand
+from jaxcache.traced_batches import TracedBatch
 from on_demand import check_on_demand, check_residents, renewed
 
 ROWS, DIM, SLOTS = 30, 2, 8
@@ -203,7 +203,7 @@ def test_ids_of_every_dtype_are_read(dtype, ignores, on_device):
         pytest.skip("JAX has no such arrays")
     tables = {"item": jc.Table(ROWS, DIM, out_of_range="ignore" if ignores else "error")}
     store = jc.HostStore(tables, optax.sgd(0.1))
-    cache, limits = jc.init(store, SLOTS), np.iinfo(dtype)
+    limits = np.iinfo(dtype)
     far = [2**31, 2**31 - 1, -(2**31), 2**32, 2**32 + 5, -(2**32) + 5, 2**40, -(2**40)]
     values = [0, 5, ROWS - 1, ROWS, ROWS + 1, -1, 100, 200, limits.min, limits.max, *far]
     values = [value for value in values if limits.min <= value <= limits.max]
@@ -211,7 +211,7 @@ def test_ids_of_every_dtype_are_read(dtype, ignores, on_device):
     for padding in (None, -1, 5, ROWS, 2**32 + 5, 300):
         feature = {"f": jc.Feature("item", "sum", padding)}
         given = jnp.asarray(ids) if on_device else ids
-        (part,) = ondemand._read(cache, store, {"f": given}, feature, "admit")
+        (part,) = TracedBatch.read([rows.group for rows in store.groups], {"f": given}, feature, "admit").features
         present = [0 <= value < ROWS and value != padding for value in values]
         assert part.present.tolist() == present
         assert [i for i, there in zip(part.ids.tolist(), present, strict=True) if there] == [
@@ -231,13 +231,12 @@ def test_ids_of_every_dtype_are_read(dtype, ignores, on_device):
 def test_ragged_ids_are_read_up_to_the_last_offset(offsets):
     store = make_store()
     ids = np.array([3, 0, 4, 999, -5])
-    (part,) = ondemand._read(
-        jc.init(store, SLOTS),
-        store,
+    (part,) = TracedBatch.read(
+        [rows.group for rows in store.groups],
         {"f": jc.Bags(ids, np.array(offsets), np.arange(5.0))},
         {"f": jc.Feature("item", "sum", padding=0)},
         "admit",
-    )
+    ).features
     sound = offsets[0] == 0 and offsets[-1] <= 5 and sorted(offsets) == offsets
     assert int(part.problems[2]) == (not sound)
     if sound:

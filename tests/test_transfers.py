@@ -309,7 +309,7 @@ def test_whoever_waits_for_room_is_interrupted(host, why):
         threading.Timer(0.1, host.may_write.set).start()
     else:
         strike = {
-            "ctrl-c": lambda: setattr(host.transfers, "interrupted", True),
+            "ctrl-c": lambda: setattr(host.transfers.interrupts, "_noted", True),
             "closed": lambda: setattr(host.transfers, "_closed", True),
             "another failure": lambda: host.transfers.keep(DiskFull("write")),
         }[why]
@@ -327,7 +327,7 @@ def test_whoever_waits_for_room_is_interrupted(host, why):
 def test_whoever_waits_for_a_prefetch_is_interrupted(host):
     host.may_read.clear()
     host.prefetch([1])
-    threading.Timer(0.1, setattr, (host.transfers, "interrupted", True)).start()
+    threading.Timer(0.1, setattr, (host.transfers.interrupts, "_noted", True)).start()
     with pytest.raises(Interrupted):
         host.fetch([1])
     host.may_read.set()
@@ -381,7 +381,7 @@ def test_the_first_failure_is_kept_and_raised_once_with_its_traceback(host):
     except DiskFull as error:
         host.transfers.keep(error)
     host.transfers.keep(ValueError("second"))
-    host.transfers.interrupted = True
+    host.transfers.interrupts._noted = True
     assert host.transfers.failed
     with pytest.raises(DiskFull, match="first") as caught:
         host.transfers.raise_failure()

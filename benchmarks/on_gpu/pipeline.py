@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcache as jc
+import ondemand
 from jaxcache.planner import LookAheadPlanner, Workers
 from on_gpu.run import Run, on_cpu, print_table, spread
 from on_gpu.training import (
@@ -316,9 +317,17 @@ def planning(run: Run, workload: Workload) -> None:
 
 
 def on_demand(run: Run) -> None:
-    """The mode without a planner ahead."""
-    if not hasattr(jc, "admit"):
-        print("not there yet")
-        run.skip("on-demand: jaxcache has no `admit` yet")
-        return
-    run.skip("on-demand: jaxcache has `admit`, and nothing here measures it yet")
+    """The cache inside `jit`: what `benchmarks/ondemand.py` measures, and that few slots train what many do."""
+    losses = []
+    for slots in (300, 2000):
+        store = jc.HostStore({"item": jc.Table(2000, ondemand.DIM)}, OPTIMIZER)
+        steps = ondemand.on_demand_steps(store, jc.init(store, slots), train=True)
+        losses.append(np.asarray(steps(ondemand.skewed_ids(np.random.default_rng(0), 2000, (50, 256)))))
+    if not np.allclose(*losses, rtol=1e-4, equal_nan=False):
+        run.fail(f"on-demand: few slots give other losses than many: {losses[0][-1]} and {losses[1][-1]}")
+    for section in ondemand.SECTIONS:
+        if run.left() < 20 and not run.tiny:
+            run.skip(f"on-demand: {section}: no time")
+            continue
+        for record in ondemand.measure(run.tiny, [section]):
+            run.record(**record)
