@@ -518,6 +518,26 @@ def test_ctrl_c_waits_for_an_admit_and_a_second_one_does_not(hooks):
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("how", ["scan", "steps"])
+def test_ctrl_c_takes_effect_at_the_next_admit(hooks, how):
+    """In the midst of a scan, too, while the main thread waits in a compiled program."""
+
+    def strike(number):
+        if number == 8:
+            interrupt()
+            time.sleep(0.02)
+
+    hooks.on_read = strike
+    with hooks.store:
+        cache, _ = train(jc.init(hooks.store, SLOTS), IDS, how)
+        steps = int(cache.step)
+        with pytest.raises(KeyboardInterrupt):
+            jc.flush(cache, hooks.store)
+        assert 0 < steps < 8
+    check_saved(hooks, steps)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_flush_waits_for_a_slow_writer(hooks):
     with hooks.store:
         cache, _ = train(jc.init(hooks.store, SLOTS), IDS, "scan")

@@ -145,7 +145,7 @@ def check_run(run: Run, variant: Variant, optimizer: str = "adam") -> None:
                     batch = batches[number]
                     carry, loss = step(carry, (int32(batch), batch["labels"], int32(following[number])))
                     losses.append(float(loss))
-            if flush and not variant.prefetches:
+            if flush:
                 flushed = jc.flush(carry[0], store)
                 check_on_demand(flushed, store)
                 carry = flushed, carry[1]
