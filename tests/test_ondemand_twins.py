@@ -157,8 +157,8 @@ def check_run(run: Run, variant: Variant, optimizer: str = "adam") -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.policy)
-@settings(max_examples=5)
-@given(run=runs())
+@settings(max_examples=4)
+@given(run=runs(longest=5))
 def test_runs_of_steps_and_scans_give_the_bits_of_full_residency(variant, run):
     check_run(run, variant)
 
@@ -233,11 +233,14 @@ def as_arrays(run: Mixed) -> list[tuple[dict[str, tuple], Any]]:
     return result
 
 
-def check_mixed(run: Mixed) -> None:
+def check_mixed(run: Mixed, few_ahead: bool = True) -> None:
     configuration = run.configuration
-    batches, whole, few = as_arrays(run), configuration.make_store(), configuration.make_store()
+    batches, whole = as_arrays(run), configuration.make_store()
     expected = mixed.train(configuration, whole, loss_function, slots="100%", window=1)
-    mixed.train(configuration, few, loss_function, **configuration.cached_arguments(few)).assert_same_bits(expected)
+    if few_ahead:
+        few = configuration.make_store()
+        ahead = mixed.train(configuration, few, loss_function, **configuration.cached_arguments(few))
+        ahead.assert_same_bits(expected)
 
     store, losses = configuration.make_store(), []
     fewest = configuration.fewest_slots(store)
@@ -323,7 +326,7 @@ RICH = Mixed(
 
 
 def test_a_model_of_every_kind_gives_the_bits_of_full_residency():
-    check_mixed(RICH)
+    check_mixed(RICH, few_ahead=False)
 
 
 @pytest.mark.slow
