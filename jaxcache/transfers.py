@@ -211,8 +211,9 @@ class Transfers:
         try:
             self._land(victims)
         except BaseException as error:
-            self._write_error = error
-            self.keep(error)
+            with self._changed:  # both at once, or it could be raised and forgotten before it is kept
+                self._write_error = error
+                self.keep(error)
 
     def _land(self, victims: _Victims) -> None:
         for store, part, rows in zip(self._groups, victims.parts, victims.rows, strict=True):
