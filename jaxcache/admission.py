@@ -240,7 +240,7 @@ def _serve(
                 taken = jax.tree.map(lambda leaf, changed=changed: np.asarray(leaf)[changed], buffer)
                 victims.append((_keys(part.group, np.asarray(old)[changed]), taken))
             transfers.take_home(victims)
-            store.mark_behind()
+            store.mark_behind_on_demand()
             if number == 0:
                 unique, missing, _, lookups, missed = figures.T
                 transfers.calls += 1
@@ -290,6 +290,11 @@ def _check_admit(
     figures: np.ndarray,
 ) -> None:
     """Raises for ids that cannot be admitted, and for a cache that is not the newest."""
+    if store.serves_pipeline:
+        raise RuntimeError(
+            f"admit, step {step}: the store serves an open LookAhead: leave its `with` block before a program that "
+            "calls admit is run, and flush either cache before the other goes on"
+        )
     newest = store.transfers.admitted
     if admitted != newest:
         raise RuntimeError(

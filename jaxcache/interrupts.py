@@ -26,6 +26,7 @@ class Interrupts:
 
     def install(self) -> None:
         """Takes over from Python's own handler; on another thread, or where the program has its own, does nothing."""
+        self._noted = self._handled = False
         on_main = threading.current_thread() is threading.main_thread()
         if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return
@@ -59,14 +60,20 @@ class Interrupts:
     @property
     def noted(self) -> bool:
         """Whether Ctrl-C was pressed and has not been raised."""
-        if self._pipe is not None:
-            with contextlib.suppress(OSError):  # there is nothing in it, or it was closed
-                if signal.SIGINT in os.read(self._pipe[0], 4096):
-                    self._noted = True
+        if self._drain():
+            self._noted = True
         return self._noted
 
+    def _drain(self) -> bool:
+        """Empties the pipe. Whether there was a Ctrl-C in it."""
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):  # there is nothing in it, or it was closed
+                return signal.SIGINT in os.read(self._pipe[0], 4096)
+        return False
+
     def clear(self) -> None:
-        """Forgets the one that was noted; it was raised."""
+        """Forgets what was noted, and presses that came since: one was raised for all of them."""
+        self._drain()
         self._noted = self._handled = False
 
     def raise_if_noted(self) -> None:

@@ -23,7 +23,7 @@ from jaxcache.slot_index import take
 from jaxcache.state import CacheState, GroupCache, OnDemand, Plan, Residents, empty_cache, slot_keys
 from jaxcache.store import HostStore
 from jaxcache.tables import Group
-from jaxcache.traced_batches import TracedBatch, group_plan
+from jaxcache.traced_batches import TracedBatch, group_plan, outside_vmap
 
 _MOST_ROWS = 2**31 - 1
 
@@ -79,7 +79,7 @@ def _slots(store: HostStore, slots: Any) -> tuple[int, ...]:
         return parse_mapping(slots, groups, f"init(slots={dict(slots)!r})")
     if isinstance(slots, str):
         return tuple(parse_slots(slots, group.rows, f"init(slots={slots!r})") for group in groups)
-    numbers = (slots,) if isinstance(slots, int | np.integer) else tuple(slots)
+    numbers = tuple(slots) if isinstance(slots, Sequence) else (slots,)
     return tuple(parse_slots(number, _MOST_ROWS - 1, f"init(slots={slots!r})") for number in numbers)
 
 
@@ -188,7 +188,7 @@ def flush(cache: CacheState, store: HostStore) -> CacheState:
     store.exchanged = int(cache.exchanged)
     fault = int(cache.fault)
     if fault == CacheState.NO_FAULT and int(cache.exchanged) > int(cache.step):
-        store.mark_behind()  # by the update that is still to come
+        store.mark_behind_on_demand()  # by the update that is still to come
     transfers.raise_failure()
     if fault == CacheState.UPDATE_MISMATCH:
         raise RuntimeError(
@@ -492,4 +492,5 @@ def _read(
         raise ValueError(f"{where} got a cache of other tables or optimizers than those of the store")
     groups = [rows.group for rows in store.groups]
     _check_rows(groups, where)
+    outside_vmap(cache.on_demand.admitted)
     return TracedBatch.read(groups, ids, features, where)

@@ -430,6 +430,7 @@ class LookAhead:
         elif self._backends is not None:
             cache = dataclasses.replace(cache, backends=kernels.choose(self._backends, self._device))
         self._choice = cache.backends
+        self._store.transfers.expire()  # from now on this cache is trained, and no other
         self._first_step = self._store.exchanged = int(cache.step)
         for report, state in zip(self._report.groups.values(), cache.groups, strict=True):
             report.slots, report.device_bytes = state.slots, state.nbytes
@@ -491,7 +492,12 @@ class LookAhead:
                 "the cache given to start() comes from on-demand mode and holds newer rows than the store: flush it "
                 "first, cache = jc.flush(cache, store), after an update or jc.release(cache)"
             )
-        if self._store.loaded:
+        if cache.on_demand is not None and int(cache.on_demand.admitted) != self._store.transfers.admitted:
+            raise ValueError(
+                "the cache given to start() comes from on-demand mode and is not the newest, or rows were loaded "
+                "since: give the newest, or start() with none"
+            )
+        if self._store.loaded and cache.on_demand is None:
             raise ValueError(
                 "rows were loaded into the store since the cache given to start() was filled, which has older ones: "
                 "start() with none"

@@ -281,6 +281,8 @@ class HostStore:
         self.transfers.close()
         if error is None:
             self.raise_failure()
+        else:
+            self.transfers.forget_interrupt()
 
     def raise_failure(self) -> None:
         """Raises what went wrong in a program that calls `admit`, or a Ctrl-C that came in `with store:`, once.
@@ -441,7 +443,6 @@ class HostStore:
                     "this store already serves an open LookAhead: leave its `with` block before a second is opened"
                 )
             self._pipeline = pipeline
-            self.transfers.expire()  # it trains another cache
 
     def close(self, pipeline: object) -> None:
         """Gives the store back."""
@@ -454,9 +455,18 @@ class HostStore:
         """Whether a cache holds rows that are newer than the store's."""
         return self._behind
 
+    @property
+    def serves_pipeline(self) -> bool:
+        """Whether a pipeline has claimed the store."""
+        return self._pipeline is not None
+
     def mark_behind(self) -> None:
         """Notes that a cache now holds newer rows."""
         self._behind, self.loaded = True, False
+
+    def mark_behind_on_demand(self) -> None:
+        """Notes that a cache of on-demand mode may hold newer rows: no pipeline's cache is the newest."""
+        self._behind, self.exchanged = True, -1
 
     def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
         """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""

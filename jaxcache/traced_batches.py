@@ -62,7 +62,7 @@ class TracedBatch:
         _refuse_remat(where)
         known = Features(groups, features)
         parts = [_read_feature(name, value, known) for name, value in ids.items()]
-        arrays = _outside_vmap([part[2:] for part in parts])
+        arrays = outside_vmap([part[2:] for part in parts])
         return cls(tuple(TracedIds(*part[:2], *new) for part, new in zip(parts, arrays, strict=True)))
 
     def lookups(self, group: int) -> tuple[Array, Array, Array]:
@@ -150,11 +150,12 @@ def _read_feature(name: str, value: Any, known: Features) -> TracedIds:
 
 
 @jax.custom_batching.custom_vmap
-def _outside_vmap(arrays: Any) -> Any:
+def outside_vmap(arrays: Any) -> Any:
+    """The arrays; an error if one of them is mapped by `vmap`."""
     return arrays
 
 
-@_outside_vmap.def_vmap
+@outside_vmap.def_vmap
 def _refuse_vmap(axis_size: int, in_batched: Any, arrays: Any) -> Any:
     raise ValueError(
         "admit and prefetch were called under vmap, where there would be a cache for each of its entries: call them "

@@ -278,6 +278,13 @@ class Transfers:
             self.admitted += 1
             self._prefetches.clear()
 
+    def forget_interrupt(self) -> None:
+        """Drops a Ctrl-C that was noted: another exception is on its way."""
+        with self._changed:
+            if isinstance(self.failure, KeyboardInterrupt):
+                self.failure = None
+        self.interrupts.clear()
+
     def open(self) -> None:
         """Lets programs move rows until `close`, after which they may no more. Raises RuntimeError if it was open."""
         if self._opened:
