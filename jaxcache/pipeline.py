@@ -505,8 +505,9 @@ class LookAhead:
         step, newest = int(cache.step), self._store.exchanged
         if int(cache.exchanged) != newest:
             raise ValueError(
-                f"the cache given to start() is of step {step} and the newest one of step {newest}: give that one, or, "
-                "if it was flushed, start() with none"
+                f"the cache given to start() is of step {step} and the newest one "
+                + (f"of step {newest}" if newest >= 0 else "is that of on-demand mode")
+                + ": give that one, or, if it was flushed, start() with none"
             )
         # A loop that was left between exchange and update has an exchange too many.
         return dataclasses.replace(cache, exchanged=jnp.array(step, jnp.int32), on_demand=None)
