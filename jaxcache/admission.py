@@ -152,7 +152,8 @@ def bring_missing_rows(
             entries.append(slot_entries_of(take(search.tables, nth, 0), take(search.ids, nth, 0)))
             taken = (kept.slot_table, kept.dirty, () if state.group.frozen else kept.buffer)
             leaving.append(kernels.read(taken, slots[-1]))
-        counters = jnp.stack([mode.admitted, cache.step, cache.fault, number])
+        # `exchanged` is what a `prefetch` before it depends on: so its callback runs first.
+        counters = jnp.stack([mode.admitted, cache.step, cache.fault, number, cache.exchanged])
         status, rows = io_callback(serve, results, counters, problems, figures, tuple(entries), tuple(leaving))
         accept = status == CacheState.NO_FAULT
         replaced = []
@@ -224,7 +225,7 @@ def _serve(
     transfers, before = store.transfers, store.transfers.admitted
     sizes = [len(part) for part in entries]
     try:
-        admitted, step, fault, number = np.asarray(counters).tolist()
+        admitted, step, fault, number, _ = np.asarray(counters).tolist()
         if not transfers.failed and fault == CacheState.NO_FAULT:
             figures = np.asarray(figures)
             if number == 0:
@@ -263,7 +264,7 @@ def start_reading(
     """Starts to read what a later `admit` will miss; always 0."""
     transfers = store.transfers
     try:
-        admitted, fault = np.asarray(counters).tolist()
+        admitted, fault, _ = np.asarray(counters).tolist()
         if not transfers.failed and fault == CacheState.NO_FAULT and admitted == transfers.admitted:
             keys = [
                 _keys(part.group, np.array(entries)[: int(number)])
@@ -296,7 +297,7 @@ def _check_admit(
             "calls admit is run, and flush either cache before the other goes on"
         )
     newest = store.transfers.admitted
-    if admitted != newest:
+    if admitted != newest or step < store.step:
         raise RuntimeError(
             f"admit got a cache that is not the newest, of step {step}: it has counted {admitted} calls of admit and "
             f"the store {newest}. Each call must get the cache that the one before returned, "
@@ -312,6 +313,7 @@ def _check_admit(
         if wrong:
             raise ValueError(
                 f"admit, step {step}: feature {name!r} has id {first}"
+                + (" or beyond" if first in (_MOST, -_MOST - 1) else "")
                 + (f", and {wrong - 1} more that are out of range" if wrong > 1 else "")
                 + f"; ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
             )
@@ -321,7 +323,7 @@ def _check_admit(
             raise TooFewSlots(
                 f"admit, step {step}: {number} unique rows of {names} are looked up, {missing} of them have to come "
                 f"in, and there is room for {room}: all other slots hold rows of this step. Give more slots, "
-                "jc.init(store, slots=...), or look up fewer rows in a step"
+                "jc.init(store, slots=...), or look up fewer rows in a step; a step ends with jc.update or jc.release"
             )
         if number > bound:
             raise TooFewSlots(

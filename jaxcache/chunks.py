@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,17 @@ def write_dirty_rows(cache: CacheState, store: HostStore) -> list[int]:
     scalars = tuple(tuple(np.array(scalar) for scalar in state.scalars) for state in cache.groups)
     store.catch_up(scalars, int(cache.step))
     return written
+
+
+def cleaned(cache: CacheState) -> CacheState:
+    """The cache with nothing dirty."""
+    groups = []
+    for state in cache.groups:
+        dirty: Any = np.zeros(state.slots, bool)
+        # Where it was, or the next step would be compiled anew.
+        dirty = jax.device_put(dirty, state.dirty.sharding) if state.dirty.committed else jnp.asarray(dirty)
+        groups.append(dataclasses.replace(state, dirty=dirty))
+    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def bring_in(state: GroupCache, store: RowStore, keys: np.ndarray, choice: kernels.Choice) -> GroupCache:

@@ -46,8 +46,9 @@ class Interrupts:
         if self._previous is None:
             return
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
             pipe, self._pipe = self._pipe, None
+            if (other := signal.set_wakeup_fd(-1)) not in (-1, pipe[1]):
+                signal.set_wakeup_fd(other)  # that of an event loop that began meanwhile
             _close(pipe)
         signal.signal(signal.SIGINT, self._previous)
         self._previous = None
@@ -66,9 +67,9 @@ class Interrupts:
 
     def _drain(self) -> bool:
         """Empties the pipe. Whether there was a Ctrl-C in it."""
-        if self._pipe is not None:
+        if (pipe := self._pipe) is not None:
             with contextlib.suppress(OSError):  # there is nothing in it, or it was closed
-                return signal.SIGINT in os.read(self._pipe[0], 4096)
+                return signal.SIGINT in os.read(pipe[0], 4096)
         return False
 
     def clear(self) -> None:

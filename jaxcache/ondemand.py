@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 from jaxcache import kernels, slot_index
 from jaxcache.admission import bring_missing_rows, search_rows, settle, slot_entries_of, start_reading, unique_rows
 from jaxcache.capacity import parse_mapping, parse_slots
-from jaxcache.chunks import bring_in, write_dirty_rows
+from jaxcache.chunks import bring_in, cleaned, write_dirty_rows
 from jaxcache.features import Feature
 from jaxcache.policies import Policy, lru
 from jaxcache.report import GroupReport, Report
@@ -198,8 +198,7 @@ def flush(cache: CacheState, store: HostStore) -> CacheState:
         )
     if fault != CacheState.NO_FAULT:
         raise RuntimeError("this cache has met a fault, which was raised before: train on with a new one, jc.init")
-    groups = tuple(dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups)
-    return dataclasses.replace(cache, groups=groups)
+    return cleaned(cache)
 
 
 def report(cache: CacheState, store: HostStore) -> Report:
@@ -381,7 +380,7 @@ def prefetch(
     for number, (state, residents, bound) in enumerate(zip(cache.groups, mode.residents, unique_bounds, strict=True)):
         rows = unique_rows(state, residents, batch.lookups(number), bound)
         wanted.append((jnp.sum(rows.missed, dtype=jnp.int32), slot_entries_of(*rows.compact(rows.tables, rows.ids))))
-    counters = jnp.stack([mode.admitted, cache.fault])
+    counters = jnp.stack([mode.admitted, cache.fault, cache.exchanged])
     start = partial(start_reading, store, fetch_bounds)
     token = io_callback(start, jax.ShapeDtypeStruct((), np.int32), counters, tuple(wanted))
     return dataclasses.replace(cache, exchanged=cache.exchanged + token)

@@ -23,7 +23,7 @@ from jaxcache import kernels
 from jaxcache.batches import Batch, Lookups, Shapes, doubled, fingerprint, padded, roomy
 from jaxcache.blocks import Moves, TrainStep, block_lengths, block_program, check_stacked, content_kind, stack
 from jaxcache.capacity import MEASURED_BATCHES, Capacity
-from jaxcache.chunks import bring_in, write_dirty_rows
+from jaxcache.chunks import bring_in, cleaned, write_dirty_rows
 from jaxcache.features import Feature, FeatureLayout, Features
 from jaxcache.index import ABSENT
 from jaxcache.interrupts import Interrupts
@@ -520,7 +520,10 @@ class LookAhead:
             if len(keys) == 0:
                 state = bring_in(state, self._store.groups[number], np.arange(slots, dtype=np.int64), self._choice)
             elif len(keys) != slots or not (keys == occupied).all():
-                raise ValueError("start(cache) with every row on the device needs a cache from such a run")
+                raise ValueError(
+                    "start(cache) with every row on the device needs a cache from such a run: flush this one, and start() "
+                    "with none"
+                )
             return ResidentPlanner(group), state
         if len(keys) == 0:
             warm = self._policy.warm_keys(group, slots)[::-1]  # the hottest is to go last
@@ -891,8 +894,7 @@ class LookAhead:
         finally:
             if self._left:
                 self._store.close(self)
-        groups = tuple(dataclasses.replace(state, dirty=jnp.zeros(state.slots, bool)) for state in cache.groups)
-        return dataclasses.replace(cache, groups=groups)
+        return cleaned(cache)
 
     def _write_again(self) -> None:
         """Writes home the victims whose write-back failed, and those behind them; raises what still prevents it."""

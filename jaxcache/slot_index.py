@@ -45,7 +45,9 @@ def empty(slots: int) -> SlotIndex:
 def build(slot_table: Array) -> SlotIndex:
     """The index of a slot table (`int32[slots, 3]`: table, high and low words of the id)."""
     slots = slot_table.shape[0]
-    return _claim(empty(slots), slot_table[:, 0], slot_table[:, 2], jnp.arange(slots), slot_table[:, 0] != NONE)
+    return _claim(
+        empty(slots), slot_table[:, 0], slot_table[:, 2], jnp.arange(slots, dtype=jnp.int32), slot_table[:, 0] != NONE
+    )
 
 
 def find(index: SlotIndex, slot_table: Array, tables: Array, ids: Array, wanted: Array) -> Array:

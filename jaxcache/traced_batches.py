@@ -116,7 +116,9 @@ def _read_feature(name: str, value: Any, known: Features) -> TracedIds:
     if feature.padding is not None and limits.min <= feature.padding <= limits.max:
         padding = flat == np.asarray(feature.padding, flat.dtype)
         present, wrong = present & ~padding, wrong & ~padding
-    flat, present, wrong = jnp.asarray(flat.astype(np.int32)), jnp.asarray(present), jnp.asarray(wrong)
+    # Those beyond 32 bits are reported as the last one that fits.
+    narrow = flat.clip(max(limits.min, -(2**31)), min(limits.max, 2**31 - 1)).astype(np.int32)
+    flat, present, wrong = jnp.asarray(narrow), jnp.asarray(present), jnp.asarray(wrong)
     number, owners, offsets, broken = None, None, None, jnp.zeros((), jnp.int32)
     if bags.offsets is not None:
         offsets = jnp.asarray(bags.offsets)

@@ -119,7 +119,7 @@ class Transfers:
             self.keep(
                 RuntimeError(
                     "a program called admit or prefetch after its store was closed: leave `with store:` only when "
-                    "every program that uses the store has returned, and flush inside it"
+                    "every program that uses the store has returned, or enter it again"
                 )
             )
         return self.failure is not None
@@ -231,7 +231,7 @@ class Transfers:
         sizes = [-(-len(part) // size) * size for part, size in zip(keys, room, strict=True)]
         with self._changed:
             while len(self._prefetches) >= _PREFETCHES:
-                self._prefetches.popleft()
+                self._prefetches.popleft().future.cancel()
             self._prefetches.append(prefetch)
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, "jaxcache-prefetch")
@@ -272,11 +272,15 @@ class Transfers:
             self._land(self._returning[0])
         self._write_error = None
 
+    def _drop_prefetches(self) -> None:
+        while self._prefetches:
+            self._prefetches.popleft().future.cancel()
+
     def expire(self) -> None:
         """Makes every cache stale that there is."""
         with self._changed:
             self.admitted += 1
-            self._prefetches.clear()
+            self._drop_prefetches()
 
     def forget_interrupt(self) -> None:
         """Drops a Ctrl-C that was noted: another exception is on its way."""
@@ -296,7 +300,7 @@ class Transfers:
         """Refuses everything from now on, and waits for victims on their way home and for the threads."""
         with self._changed:
             self._opened, self._closed = False, True
-            self._prefetches.clear()
+            self._drop_prefetches()
             writer, reader, self._writer, self._reader = self._writer, self._reader, None, None
         try:
             for pool in (writer, reader):
