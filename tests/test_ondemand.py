@@ -585,6 +585,16 @@ def test_a_row_of_two_plans_is_updated_once_with_the_sum_of_its_gradients():
     np.testing.assert_allclose(finished(cache, store), whole.rows("user", np.arange(ROWS)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("bound", "sizes"), [(1, [1, 1, 1, 1]), (3, [3, 1])])
+def test_a_callback_moves_as_many_rows_as_fetch_bound_says(bound, sizes):
+    store, seen = make_store(), []
+    read = store.groups[0].read
+    store.groups[0].read = lambda keys, size=None: (seen.append((len(keys), size)), read(keys, size))[1]
+    jc.admit(jc.init(store, FEW), store, {"user": int32(4, 5, 4, 6, 7)}, fetch_bound=bound)
+    store.raise_failure()
+    assert seen == [(size, bound) for size in sizes]
+
+
 def test_released_rows_may_go_and_their_plan_has_none():
     store = shared_store()
     cache, plan = admit(jc.init(store, FEW), int32(1, 2, 3, 4))

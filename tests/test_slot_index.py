@@ -48,6 +48,14 @@ def columns(rows) -> tuple[np.ndarray, np.ndarray]:
     return words([table for table, _ in rows]), words([id_ for _, id_ in rows])
 
 
+@cache
+def namesakes(size: int) -> list[tuple[int, int]]:
+    """Pairs of rows of one id in two tables that take the same way."""
+    ids = np.arange(20_000, dtype=np.int32)
+    ways = [np.stack(slot_index._probes(np.full_like(ids, table), ids, size)) for table in (0, 1)]
+    return [(table, i) for i in np.flatnonzero((ways[0] == ways[1]).all(axis=0)).tolist()[:6] for table in (0, 1)]
+
+
 # The index
 
 
@@ -199,11 +207,13 @@ def test_duplicates_against_a_dict(data, bound):
     assert as_lists(found) == unique_rows(rows, present, bound)
 
 
-@pytest.mark.parametrize("case", ["all equal", "none present", "all colliding", "the last alone"])
+@pytest.mark.parametrize("case", ["all equal", "none present", "all colliding", "namesakes", "the last alone"])
 def test_duplicates_in_extreme_batches(case):
     rows, present = [(1, 9)] * 12, [True] * 12
     if case == "all colliding":
         rows = colliding(32)[:12]
+    elif case == "namesakes":
+        rows = namesakes(32)
     elif case != "all equal":
         present = [False] * 11 + [case == "the last alone"]
     for bound in (1, 3, 12):
