@@ -343,9 +343,9 @@ def admit(
             admitted=mode.admitted + (accepted > 0).astype(jnp.int32),
         ),
     )
-    return cache, batch.plan(
-        [group_plan(search.unique_slots, search.inverse) for search in searches], mode.pinned_after
-    )
+    plan = batch.plan([group_plan(search.unique_slots, search.inverse) for search in searches], mode.pinned_after)
+    # What XLA makes of the model must not depend on what stands before it.
+    return jax.lax.optimization_barrier((cache, plan))
 
 
 def prefetch(

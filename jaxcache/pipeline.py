@@ -521,8 +521,8 @@ class LookAhead:
                 state = bring_in(state, self._store.groups[number], np.arange(slots, dtype=np.int64), self._choice)
             elif len(keys) != slots or not (keys == occupied).all():
                 raise ValueError(
-                    "start(cache) with every row on the device needs a cache from such a run: flush this one, and start() "
-                    "with none"
+                    "start(cache) with every row on the device needs a cache from such a run: flush this one, and "
+                    "start() with none"
                 )
             return ResidentPlanner(group), state
         if len(keys) == 0:

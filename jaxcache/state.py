@@ -457,6 +457,8 @@ def update(cache: CacheState, plan: Plan, row_gradients: Mapping[str, jax.Array]
     if any(len(state.hyperparameters) != len(state.optimizer.hyperparameters) for state in cache.groups):
         raise ValueError("update got the cache of an evaluation, which holds weights alone: train with the other one")
     accept = _ready(cache, plan)
+    # Fused with the sums, gradients would be rounded in ways that depend on what else is in the program.
+    row_gradients = jax.lax.optimization_barrier(dict(row_gradients))
     return dataclasses.replace(
         cache,
         groups=tuple(
