@@ -1,13 +1,14 @@
-"""On-demand mode: what `admit` costs, what its callback costs, and whether `prefetch` hides the host's work.
+"""The cache inside `jit`: what `admit` and its callback cost, whether `prefetch` hides the host's work; and what many
+look-ahead steps in a dispatch save.
 
-    python benchmarks/ondemand.py                       # on a CPU about two minutes
+    python benchmarks/ondemand.py                       # on a CPU about four minutes
 
 `step`: whole train steps of a table of 33.8 million rows with 65,536 lookups each: on demand, one `scan` a round,
 beside the `LookAhead` loop with as many slots on the same batches; and `admit` and `lookup` without the rest.
 `dispatch`: a small step, 1 to 1,000 of them in a `scan`, beside the same step with every row on the device and no
 callback, so that the difference is what the callback and the searches cost. `overlap`: a store that takes a time d for
 each fetch and a step that computes for about as long; time a step with and without `prefetch`, over the longer of the
-two.
+two. `blocks`: a small model in the `LookAhead` loop and in blocks of steps, which `LookAhead.scan` runs in one program.
 
 Rounds of all contenders take turns in one process; figures are medians with quartiles.
 """
@@ -28,12 +29,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxcache as jc
 
-OPTIMIZER = jc.rowwise_adagrad(0.05)
+OPTIMIZER, ADAM = jc.rowwise_adagrad(0.05), optax.adam(0.01)
 ROWS, DIM = 33_800_000, 32
-SECTIONS = ("step", "dispatch", "overlap")
+SECTIONS = ("step", "dispatch", "overlap", "blocks")
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -250,6 +252,71 @@ def _overlapped(
     return next_round
 
 
+def small_step(cache: jc.CacheState, plan: jc.Plan, train: Any, batch: Any) -> tuple[jc.CacheState, Any, jax.Array]:
+    """A hidden layer over users and items, trained by adam."""
+    parameters, state = train
+
+    def loss(parameters, rows):
+        hidden = jax.nn.relu(jnp.concatenate([rows["user"], rows["item"]], axis=1) @ parameters["hidden"])
+        logits = hidden @ parameters["out"]
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch["label"]), where=plan.mask)
+
+    value, (gradient, of_rows) = jax.value_and_grad(loss, argnums=(0, 1))(parameters, jc.lookup(cache, plan))
+    updates, state = ADAM.update(gradient, state)
+    return jc.update(cache, plan, of_rows), (optax.apply_updates(parameters, updates), state), value
+
+
+def blocks(samples: int, rows: int, warm: int, number: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """The same training one by one (0) and in blocks, `number` steps after the first `warm`."""
+    print(f"look-ahead steps of {samples} samples, two tables of {rows:,} rows, by steps in a dispatch")
+    step = jax.jit(small_step, donate_argnums=(0, 2))
+    lengths = [length for length in (0, 1, 10, 100) if length <= number]
+
+    def loader():
+        random = np.random.default_rng(0)
+        for _ in range(warm + number):
+            user, item = (rows * random.random((2, samples)) ** 3).astype(np.int64)
+            yield {"user": user, "item": item, "label": (random.random(samples) < 0.5).astype(np.float32)}
+
+    def train(slots: str, length: int) -> tuple[float, jc.Report]:
+        keys = jax.random.split(jax.random.key(0))
+        parameters = {
+            "hidden": 0.1 * jax.random.normal(keys[0], (32, 32)),
+            "out": 0.1 * jax.random.normal(keys[1], (32,)),
+        }
+        state = parameters, ADAM.init(parameters)
+        store = jc.HostStore({"user": jc.Table(rows, 16), "item": jc.Table(rows, 16)}, jc.rowwise_adagrad(0.1))
+        with jc.LookAhead(
+            store, loader(), lambda batch: {name: batch[name] for name in ("user", "item")}, slots=slots
+        ) as ahead:
+            cache, done, began = ahead.start(), 0, (0, 0.0)
+            for batch, plan in ahead.blocks(length) if length else ahead:
+                if done >= warm and not began[0]:
+                    jax.block_until_ready(state)
+                    began = done, time.perf_counter()
+                if length:
+                    cache, state, _ = ahead.scan(small_step, cache, plan, state, batch)
+                    done += len(plan.step)
+                else:
+                    cache, state, _ = step(ahead.exchange(cache, plan), plan, state, batch)
+                    done += 1
+            jax.block_until_ready(state)
+            spent = time.perf_counter() - began[1]
+            ahead.flush(cache)
+        return spent / (done - began[0]), ahead.report()
+
+    for slots in ("100%", "40%", "10%"):
+        times: dict[int, list[float]] = {length: [] for length in lengths}
+        for turn in range(rounds + 1):
+            for length, found in times.items():
+                spent, report = train(slots, length)
+                if turn:  # the first one compiles
+                    found.append(spent)
+        note = f"{slots} of the rows in slots, {report.rows_fetched / report.steps:.0f} rows fetched a step"
+        for length, found in times.items():
+            yield {"section": "blocks", **show(f"blocks({length})" if length else "loop", found, note)}
+
+
 def measure(tiny: bool, sections: Collection[str]) -> Iterator[dict[str, Any]]:
     """The sections asked for, at full size or just to see that they run."""
     if "step" in sections:
@@ -258,6 +325,8 @@ def measure(tiny: bool, sections: Collection[str]) -> Iterator[dict[str, Any]]:
         yield from dispatches(16, 256, 1000, 2, 10) if tiny else dispatches(256, 65_536, 1_000_000, 9, 1000)
     if "overlap" in sections:
         yield from overlap([0.002], 1, 2) if tiny else overlap([0.1, 0.03], 7, 10)
+    if "blocks" in sections:
+        yield from blocks(8, 200, 2, 10, 1) if tiny else blocks(64, 20_000, 200, 1000, 7)
 
 
 def main() -> None:

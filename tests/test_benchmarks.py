@@ -99,8 +99,9 @@ def test_the_on_demand_benchmark_reports_every_contender(tmp_path):
     done = run("ondemand.py", "--tiny", "--json", str(out))
     assert done.returncode == 0, done.stderr
     records = json.loads(out.read_text())
-    assert {record["section"] for record in records} == {"step", "dispatch", "overlap"}
-    assert {record["name"] for record in records} >= {"on demand, lru", "look-ahead loop", "prefetch", "no prefetch"}
+    assert {record["section"] for record in records} == {"step", "dispatch", "overlap", "blocks"}
+    names = {record["name"] for record in records}
+    assert names >= {"on demand, lru", "look-ahead loop", "prefetch", "no prefetch", "loop", "blocks(10)"}
     for record in records:
         assert 0 < record["quartiles_ms"][0] <= record["median_ms"] <= record["quartiles_ms"][1]
     assert run("ondemand.py", "--sections", "nonsense").returncode == 2
