@@ -778,3 +778,60 @@ def test_loading_rows_makes_caches_stale():
     cache, plan = admit(jc.init(store, FEW), IDS[0])
     assert (np.asarray(jc.lookup(cache, plan)["user"]) == 3).all()
     store.raise_failure()
+
+
+def test_a_state_from_before_the_last_flush_is_refused():
+    """One update would be lost: that which was made from the same state, and saved."""
+    store = shared_store()
+    cache, plan = admit(jc.init(store, FEW), IDS[0])
+    older = jc.release(cache)
+    rows = jc.lookup(cache, plan)
+    jc.flush(jc.update(cache, plan, rows), store)
+    marked, _ = admit(older, IDS[1])
+    assert int(marked.fault) == jc.CacheState.ADMIT_FAILED
+    with pytest.raises(RuntimeError, match="admit got a cache that is not the newest, of step 0"):
+        store.raise_failure()
+
+
+def test_flush_leaves_a_cache_where_it_is():
+    store = shared_store()
+    for cache in (jc.init(store, FEW), jax.device_put(jc.init(store, FEW), jax.devices()[0])):
+        flushed = jc.flush(cache, store)
+        assert [leaf.committed for leaf in jax.tree.leaves(flushed)] == [
+            leaf.committed for leaf in jax.tree.leaves(cache)
+        ]
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([2**32 + 5, 1]), np.array([1, 3_000_000_000], np.uint32), np.array([2**63 - 1, 0])]
+)
+def test_ids_beyond_32_bits_are_not_reported_as_others(ids):
+    store = shared_store()
+    cache, _ = jc.admit(jc.init(store, FEW), store, {"user": ids})
+    assert int(cache.fault) == jc.CacheState.ADMIT_FAILED
+    with pytest.raises(ValueError, match="feature 'user' has id 2147483647 or beyond; ids must lie in 0 to"):
+        store.raise_failure()
+
+
+def test_with_64_bit_types_the_same_is_trained():
+    def trained():
+        store = jc.HostStore({"user": jc.Table(30, 4)}, optax.sgd(0.1))
+
+        @jax.jit
+        def step(cache, ids):
+            cache, plan = jc.admit(cache, store, {"user": ids})
+            cache = jc.prefetch(cache, store, {"user": ids})
+            return jc.update(cache, plan, jc.lookup(cache, plan))
+
+        cache = jc.init(store, 5)
+        for ids in ([3, 4, 3], [5, 6, 7], [3, 8, 9]):
+            cache = step(cache, np.array(ids))
+        jc.check(jc.flush(cache, store), store)
+        return store.rows("user", np.arange(30))
+
+    expected = trained()
+    jax.config.update("jax_enable_x64", True)
+    try:
+        np.testing.assert_array_equal(trained(), expected)
+    finally:
+        jax.config.update("jax_enable_x64", False)

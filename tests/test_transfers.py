@@ -433,3 +433,23 @@ def test_closing_with_a_broken_writer_ends(host):
     host.fail_writes = 0
     host.transfers.wait_until_home()
     assert host.at_home([0, 1, 2]).tolist() == [0, 1, 2]
+
+
+def test_prefetches_that_are_dropped_are_not_read():
+    """Else a slow store would be busy with them when one is wanted."""
+    store = jc.HostStore({"item": jc.Table(100, 2)}, optax.sgd(0.1))
+    (rows,) = store.groups
+    gate, read, started = threading.Event(), rows.read, []
+
+    def slow(keys, size=None):
+        started.append(int(keys[0]))
+        gate.wait()
+        return read(keys, size)
+
+    rows.read = slow
+    for row in range(20):
+        store.transfers.prefetch([np.array([row])], [1])
+    gate.set()
+    assert store.transfers.read(0, np.array([19]), 1).weights.shape == (1, 2)
+    store.transfers.close()
+    assert started[1:] == [16, 17, 18, 19] and started[0] < 16  # the first one was being read
