@@ -76,7 +76,7 @@ def run(
         cache = dataclasses.replace(cache, groups=tuple(groups), **counters._asdict())
         # What XLA makes of the train step must not depend on what stands before it.
         cache, plan, train, batch = jax.lax.optimization_barrier((cache, plan, train, batch))
-        cache, train, output = _checked(train_step(cache, plan, train, batch))
+        cache, train, output = _checked(train_step(cache, plan, train, batch), train)
         return (cache, train, left, output), (record, last)
 
     home = [jax.tree.map(jnp.zeros_like, group.rows) for group in moves.groups]
@@ -88,21 +88,32 @@ def run(
         return cache, train, outputs, tuple(home), records
     # Each step hands its output on, and the next one stacks it. In its own step the stacking would be fused with what
     # computes it, which on a CPU changes the last bits, barrier or not.
-    _, _, output = _checked(jax.eval_shape(train_step, cache, first[2], train, first[3]))
+    _, _, output = _checked(jax.eval_shape(train_step, cache, first[2], train, first[3]), train)
     output = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output)
     (cache, train, home, output), (records, outputs) = jax.lax.scan(step, (cache, train, home, output), parts)
     outputs = jax.tree.map(lambda earlier, last: jnp.concatenate([earlier[1:], last[None]]), outputs, output)
     return cache, train, outputs, tuple(home), records
 
 
-def _checked(result: Any) -> tuple[CacheState, Any, Any]:
-    """What a train step returned."""
+def _checked(result: Any, train: Any) -> tuple[CacheState, Any, Any]:
+    """What a train step returned that was given `train`."""
     if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[0], CacheState)):
         raise TypeError(
             "scan needs a train step that returns `cache, train, output`, the cache being what `update` returned; it "
             f"returned {jax.tree.structure(result)}"
         )
+    given, returned = _described(train), _described(result[1])
+    if given != returned:
+        raise TypeError(
+            f"scan needs a train step that returns `train` in the form in which it was given: {given}, got {returned}"
+        )
     return result
+
+
+def _described(tree: Any) -> str:
+    """Structure, dtypes and shapes of a pytree."""
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda: tree))
+    return f"{treedef} of {', '.join(f'{leaf.dtype}{list(leaf.shape)}' for leaf in leaves)}"
 
 
 def _rows_from(tree: Any, start: Array, size: int) -> Any:

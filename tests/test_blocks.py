@@ -554,6 +554,8 @@ def test_mistakes_with_blocks_are_explained():
             ahead.scan(block_step, cache, plans, dense, np.array([[1], [2, 3], [4], []], object))
         with pytest.raises(TypeError, match="scan needs a train step that returns `cache, train, output`"):
             ahead.scan(lambda cache, plan, dense, batch: (cache, dense), cache, plans, dense, labels)
+        with pytest.raises(TypeError, match=r"returns `train` in the form in which it was given: .*float32\[8\]"):
+            ahead.scan(lambda *given: (given[0], (given[2], given[2]), 0), cache, plans, dense, labels)
         with pytest.raises(TypeError, match="scan needs the CacheState"):
             ahead.scan(block_step, None, plans, dense, labels)
         old = cache

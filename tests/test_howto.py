@@ -192,6 +192,7 @@ def test_weights_of_the_page(tables):
     np.testing.assert_array_equal(np.load("item.npy"), store.rows("item", np.arange(50_000)))
 
 
+@pytest.mark.slow
 def test_the_guide_to_training_inside_jit_runs(capsys):
     scope: dict = {"__name__": "script"}
     names = list(blocks("inside-jit.md"))

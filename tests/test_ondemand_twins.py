@@ -325,6 +325,7 @@ RICH = Mixed(
 )
 
 
+@pytest.mark.slow
 def test_a_model_of_every_kind_gives_the_bits_of_full_residency():
     check_mixed(RICH, few_ahead=False)
 
