@@ -44,7 +44,6 @@ def test_a_small_run_writes_its_summary(cached, path):
     "flags",
     [
         ["--slots", "100%"],
-        pytest.param(["--slots", "25%", "--policy", "lfu"], marks=pytest.mark.slow),
         pytest.param(["--slots", "25%", "--prefetch"], marks=pytest.mark.slow),
         pytest.param(["--slots", "25%", "--steps-per-dispatch", "40"], marks=pytest.mark.slow),
     ],
