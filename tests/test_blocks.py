@@ -169,7 +169,7 @@ def check_mixed(configuration, steps):
 
 
 @pytest.mark.slow
-@settings(max_examples=3)
+@settings(max_examples=1)
 @given(configuration=configurations(), steps=st.sampled_from([2, 3, 8]))
 def test_groups_dtypes_bags_and_policies_by_blocks(configuration, steps):
     check_mixed(configuration, steps)

@@ -42,9 +42,8 @@ def test_a_small_run_writes_its_summary(cached, path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--slots", "100%"],
-        pytest.param(["--slots", "25%", "--policy", "lfu"], marks=pytest.mark.slow),
-        pytest.param(["--slots", "25%", "--prefetch"], marks=pytest.mark.slow),
+        pytest.param(["--slots", "100%"], marks=pytest.mark.slow),
+        pytest.param(["--slots", "25%", "--policy", "lfu", "--prefetch"], marks=pytest.mark.slow),
     ],
 )
 def test_however_rows_are_moved_the_same_is_trained(cached, flags, capsys):

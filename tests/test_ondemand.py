@@ -405,7 +405,7 @@ def test_policies_against_dicts_and_loops(policy, spread):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
-@settings(max_examples=5)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 2**16), spread=st.sampled_from([9, 12, ROWS]))
 def test_policies_against_dicts_and_loops_for_long(policy, seed, spread):
     check_against_model(policy, seed, 100, spread)
