@@ -128,7 +128,8 @@ def bring_missing_rows(
         (part.layout.name, int(store.groups[part.layout.group].group.tables[part.table].rows))
         for part in batch.features
     )
-    serve = partial(_serve, store, described, tuple(unique_bounds))
+    limits = tuple(zip(unique_bounds, cache.slots, strict=True))
+    serve = partial(_serve, store, described, limits)
     problems = jnp.stack([part.problems for part in batch.features])
     figures = jnp.stack(
         [jnp.stack([search.number, search.missing, search.room, *search.lookups]) for search in searches]
@@ -210,7 +211,7 @@ def settle(
 def _serve(
     store: HostStore,
     features: tuple[tuple[str, int], ...],
-    unique_bounds: tuple[int, ...],
+    limits: tuple[tuple[int, int], ...],
     counters: Array,
     problems: Array,
     figures: Array,
@@ -229,7 +230,7 @@ def _serve(
         if not transfers.failed and fault == CacheState.NO_FAULT:
             figures = np.asarray(figures)
             if number == 0:
-                _check_admit(store, features, unique_bounds, admitted, step, np.asarray(problems), figures)
+                _check_admit(store, features, limits, admitted, step, np.asarray(problems), figures)
                 transfers.drop_used()
             rows, victims = [], []
             pieces = zip(store.groups, figures, entries, leaving, sizes, strict=True)
@@ -284,7 +285,7 @@ def _keys(group: Group, entries: np.ndarray) -> np.ndarray:
 def _check_admit(
     store: HostStore,
     features: tuple[tuple[str, int], ...],
-    unique_bounds: tuple[int, ...],
+    limits: tuple[tuple[int, int], ...],
     admitted: int,
     step: int,
     problems: np.ndarray,
@@ -317,16 +318,21 @@ def _check_admit(
                 + (f", and {wrong - 1} more that are out of range" if wrong > 1 else "")
                 + f"; ids must lie in 0 to {rows - 1} (Table(rows={rows}))"
             )
-    for part, bound, (number, missing, room, *_) in zip(store.groups, unique_bounds, figures.tolist(), strict=True):
+    for part, (bound, slots), (number, missing, room, *_) in zip(store.groups, limits, figures.tolist(), strict=True):
         names = ", ".join(part.group.names)
+        if number > slots:
+            raise TooFewSlots(
+                f"admit, step {step}: {number} unique rows of {names} are looked up at once, and the cache has {slots} "
+                "slots for them: give more, jc.init(store, slots=...), or look up fewer rows at once"
+            )
+        if number > bound:
+            raise TooFewSlots(
+                f"admit, step {step}: {number} unique rows of {names} are looked up, and there is room for {bound}: "
+                "give a larger admit(unique_bound=...)"
+            )
         if missing > room:
             raise TooFewSlots(
                 f"admit, step {step}: {number} unique rows of {names} are looked up, {missing} of them have to come "
                 f"in, and there is room for {room}: all other slots hold rows of this step. Give more slots, "
                 "jc.init(store, slots=...), or look up fewer rows in a step; a step ends with jc.update or jc.release"
-            )
-        if number > bound:
-            raise TooFewSlots(
-                f"admit, step {step}: {number} unique rows of {names} are looked up, and there is room for {bound}: "
-                "give more slots, jc.init(store, slots=...), or a larger admit(unique_bound=...)"
             )
