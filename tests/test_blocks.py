@@ -218,7 +218,9 @@ def ragged_step(cache, plan, train, labels):
 ragged_single = jax.jit(ragged_step)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", [name if name == "lookahead" else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+)
 def test_groups_ragged_bags_weights_and_growing_bounds_under_every_policy(policy):
     results = []
     for steps in (None, 2):
@@ -250,7 +252,7 @@ def test_groups_ragged_bags_weights_and_growing_bounds_under_every_policy(policy
         np.testing.assert_array_equal(np.asarray(mine).astype(np.float32), np.asarray(theirs).astype(np.float32))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_what_a_step_returns_is_not_computed_otherwise_because_it_is_stacked(steps):
     """On XLA for CPUs stacking an output in the step that makes it changes how the step is fused, and its last bits."""
     random = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def cached(path, promotions_as_a_user_has_them):
     return memory_layer.main([*SMALL, "--slots", "25%", "--summary", str(path)])
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_its_summary(cached, path):
     assert json.loads(path.read_text()) == cached
     assert cached["steps"] == 10 and cached["slots"] == 64 and 0 < cached["hit_rate"] < 1
@@ -83,6 +84,7 @@ def test_pairs_have_different_keys_and_all_are_tested_once():
     assert memory_layer.accuracy(logits.at[0, 0].multiply(-1), pairs) == 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
