@@ -13,7 +13,7 @@ import matrix_factorization
 
 SMALL = ["--users", "300", "--items", "200", "--dim", "8", "--batch-size", "32", "--steps", "40"]
 SMALL += ["--steps-per-dispatch", "20"]
-CLICKS = Path("/work/shared/data/clicks.npz")
+CLICKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clicks.npz"
 
 
 @pytest.fixture(scope="module", autouse=True)
