@@ -1,6 +1,7 @@
 """jaxcache: train JAX models whose embedding tables do not fit on the accelerator."""
 
 from jaxcache.check import check
+from jaxcache.checkpoint import Checkpoint, SaveFigures
 from jaxcache.counts import count_ids, hottest_rows
 from jaxcache.features import Bags, Feature
 from jaxcache.ondemand import admit, flush, init, merge, on_demand, prefetch, report, tap
@@ -9,6 +10,7 @@ from jaxcache.pipeline import LookAhead
 from jaxcache.planner import TooFewSlots
 from jaxcache.policies import Policy, frequency, lfu, lookahead, lru, no_cache, scratchpipe, static
 from jaxcache.report import GroupReport, Report, Stage
+from jaxcache.saved_tables import SavedTable, SavedTables
 from jaxcache.schedule import HotReport, hot_batches
 from jaxcache.state import CacheState, GroupCache, GroupPlan, Plan, lookup, release, update
 from jaxcache.store import HostStore, RowStore
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bags",
     "CacheState",
+    "Checkpoint",
     "Feature",
     "Group",
     "GroupCache",
@@ -34,6 +37,9 @@ __all__ = [
     "RowOptimizer",
     "RowStore",
     "Rows",
+    "SaveFigures",
+    "SavedTable",
+    "SavedTables",
     "Stage",
     "Table",
     "TooFewSlots",

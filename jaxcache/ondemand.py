@@ -69,10 +69,10 @@ def init(
             "init: a cache that was never flushed holds newer rows than the store: go on with it, or flush it first, "
             "jc.flush(cache, store)"
         )
-    return _with_residents(empty_cache(store, _slots(store, slots), backends=backends), store, policy)
+    return _with_residents(empty_cache(store, parse_group_slots(store, slots), backends=backends), store, policy)
 
 
-def _slots(store: HostStore, slots: Any) -> tuple[int, ...]:
+def parse_group_slots(store: HostStore, slots: Any) -> tuple[int, ...]:
     """The slots of each group."""
     groups = [rows.group for rows in store.groups]
     if isinstance(slots, Mapping):

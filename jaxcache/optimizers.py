@@ -288,6 +288,15 @@ class RowOptimizer:
         kept += ", stochastic rounding" * self.draws + ", master copy" * self.master_copy + ", frozen" * self.frozen
         return f"RowOptimizer(dim={self.dim}, row_leaves={len(self.row_shapes)}, scalars={len(self.scalars)}{kept})"
 
+    @property
+    def leaf_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the row leaves and of the scalars, by their place in optax's state: `0.sum_of_squares`."""
+        if self.frozen:
+            return (), ()
+        paths, _ = jax.tree_util.tree_flatten_with_path(self._treedef.unflatten(self._is_row))
+        rows, scalars = self._split([jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths])
+        return ("master_copy",) * self.master_copy + rows, scalars
+
     def _split(self, leaves):
         rows = tuple(leaf for leaf, is_row in zip(leaves, self._is_row, strict=True) if is_row)
         return rows, tuple(leaf for leaf, is_row in zip(leaves, self._is_row, strict=True) if not is_row)

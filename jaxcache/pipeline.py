@@ -236,6 +236,9 @@ class LookAhead:
         backends: what gathers, updates and exchanges rows on the device, such as "xla" or "gather=mosaic"; see
             `jaxcache.kernels.choose`. By default the environment decides, and what is fastest on the device. Every
             one is right; in the last bits they may differ.
+        loader_state: returns the position of the loader behind the batch that it yielded last, called in the loader's
+            thread after each; for checkpoints. By default `get_state()` of the loader's iterator, where it has that,
+            as Grain's have.
 
     Raises:
         ValueError: if `slots` or a bound is out of range, if `window` or `future` is given and the policy has a window
@@ -275,6 +278,7 @@ class LookAhead:
         device_bytes: int | str | None = None,
         features: Mapping[str, Feature] | None = None,
         backends: str | Mapping[str, str] | kernels.Choice | None = None,
+        loader_state: Callable[[], Any] | None = None,
     ):
         policy = lookahead() if policy is None else policy
         if not isinstance(policy, Policy):
@@ -304,8 +308,15 @@ class LookAhead:
             raise TypeError(f"LookAhead(loader=...) needs an iterable of batches, got {type(loader).__name__}")
         if not callable(ids):
             raise TypeError('LookAhead(ids=...) needs a function of a batch, such as lambda batch: batch["ids"]')
+        if loader_state is not None and not callable(loader_state):
+            raise TypeError("LookAhead(loader_state=...) needs a function without arguments")
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
+        self._get_loader_state = loader_state
+        self._loader_states: deque[Any] = deque()  # behind batch `_loader_states_from`, and each that was drawn after
+        self._loader_states_from = self._trained = 0
+        self._loader_opened = threading.Event()
         groups = [rows.group for rows in store.groups]
+        self.features = dict(features or {})
         self._features = Features(groups, features)
         self._backends = backends
         empty = jax.eval_shape(lambda: empty_cache(store, [0] * len(groups), backends=backends))
@@ -567,6 +578,7 @@ class LookAhead:
             self._error = error  # the batch is lost: none can follow it
             raise
         self._current = ready
+        self._forget_loader_states()
         self._number += 1
         self._handed_over = time.perf_counter()
         return ready.content, ready.plan
@@ -622,6 +634,7 @@ class LookAhead:
         if block is _END:
             return _END
         self._current = block
+        self._forget_loader_states()
         self._number += len(block.steps)
         self._handed_over = time.perf_counter()
         return block.content, block.plan
@@ -860,6 +873,7 @@ class LookAhead:
         if not self._started:
             raise RuntimeError("flush needs a started pipeline: call it after `cache = ahead.start()`")
         self._check_cache(cache, "flush")
+        started = time.perf_counter()
         if self._left:
             self._store.open(self)  # raises if another pipeline has the store now
         try:
@@ -885,6 +899,7 @@ class LookAhead:
             for report, written in zip(self._report.groups.values(), write_dirty_rows(cache, self._store), strict=True):
                 report.rows_flushed += written
             self._flushed_before_update = int(cache.step) < found
+            self._trained = max(int(cache.step) - self._first_step, self._loader_states_from)
             fault = int(cache.fault)
             if faulty is None and fault != CacheState.NO_FAULT:
                 faulty = _FaultError(_explain_fault(fault, int(cache.step), found, newest))
@@ -894,6 +909,8 @@ class LookAhead:
         finally:
             if self._left:
                 self._store.close(self)
+        self._report.flushes += 1
+        self._report.flush_seconds += time.perf_counter() - started
         return cleaned(cache)
 
     def _write_again(self) -> None:
@@ -957,6 +974,29 @@ class LookAhead:
     def report(self) -> Report:
         """The figures so far, as a copy."""
         return copying.deepcopy(self._report)
+
+    @property
+    def loader_state(self) -> Any:
+        """The state of the loader after the batch trained last, as of the latest `flush`, or at the start.
+
+        Batches are drawn ahead: the loader itself is further on. A loader that is set to this state yields the batch
+        that comes next in training. None where the loader has no state; see `LookAhead(loader_state=...)`.
+
+        Raises:
+            RuntimeError: before `start`.
+            Exception: what opening the loader raised.
+        """
+        if not self._started:
+            raise RuntimeError("loader_state is known after start(): `cache = ahead.start()`")
+        while not self._loader_opened.wait(_POLL_SECONDS):
+            self._poll()
+        return copying.deepcopy(self._loader_states[self._trained - self._loader_states_from])
+
+    def _forget_loader_states(self) -> None:
+        """Those before the batch that is yielded now: all batches before it are trained."""
+        for _ in range(self._number - self._loader_states_from):
+            self._loader_states.popleft()
+        self._loader_states_from = self._number
 
     def _count_step(self) -> None:
         if self._handed_over is not None:
@@ -1052,11 +1092,15 @@ class LookAhead:
         stage = self._stages["loader"]
         with stage.working():
             iterator = iter(self._loader)
+            get_state: Any = self._get_loader_state or getattr(iterator, "get_state", lambda: None)
+            self._loader_states.append(copying.deepcopy(get_state()))
+            self._loader_opened.set()
         while True:
             with stage.working():
                 content = next(iterator, _END)
                 if content is _END:
                     break
+                self._loader_states.append(copying.deepcopy(get_state()))
                 batch = Batch.read(content, self._ids, self._features, self._copy)
             self._drawn.put(batch, stage)
         self._drawn.put(_END, stage)

@@ -93,6 +93,8 @@ class Report:
         bound_growths: how often a bound on unique rows, or the shape of a batch, had to grow, each time compiling the
             step anew.
         ignored: ids that were out of range and left out, by feature.
+        flushes: calls of `flush`, those of `evaluate` included.
+        flush_seconds: how long they took, all together.
         stages: busy and wait time of each stage. `step` is busy while the caller's loop body runs or waits for the
             device, and waits while the next batch is not ready. None on demand.
     """
@@ -105,6 +107,8 @@ class Report:
     window_limited: int = 0
     bound_growths: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
+    flushes: int = 0
+    flush_seconds: float = 0.0
     stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
 
     def _total(self, name: str) -> int:
@@ -214,7 +218,8 @@ class Report:
             f"({self.rows_fetched / steps:,.0f} rows a step)"
             + (f"; {self.rows_warmed:,} rows at the start" if self.rows_warmed else ""),
             f"written back {self.rows_written_back:,} rows, {self.bytes_written_back / 1e6:,.1f} MB "
-            f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows",
+            f"({self.rows_written_back / steps:,.0f} rows a step); flushed {self.rows_flushed:,} rows"
+            + (f" in {self.flush_seconds:.3f} s" if self.flushes else ""),
         ]
         if self.unique_bound:
             lines.append(f"compiled for {self.unique_bound:,} unique rows a batch, grown {self.bound_growths} times")

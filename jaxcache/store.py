@@ -7,7 +7,9 @@ import operator
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ import optax
 from jaxcache import index
 from jaxcache.index import ABSENT
 from jaxcache.optimizers import RowOptimizer, Rows
+from jaxcache.snapshots import Snapshot, set_bits
 from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
 from jaxcache.transfers import Transfers
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_POLL_SECONDS = 0.1  # how often a writer that waits for a snapshot looks whether it is still there
+_REMEMBERED_SNAPSHOTS = 8  # since which it is known what was written
 _CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
 
 
@@ -32,6 +37,15 @@ def _put(table, positions, rows):
     for i in range(positions.shape[0]):
         for j in range(table.shape[1]):
             table[positions[i], j] = rows[i, j]
+
+
+def _with_room(bits: np.ndarray, count: int) -> np.ndarray:
+    """`bits`, or a copy with room for `count` of them and more."""
+    if 8 * len(bits) >= count:
+        return bits
+    larger = np.zeros(max(-(-count // 8), 2 * len(bits)), np.uint8)
+    larger[: len(bits)] = bits
+    return larger
 
 
 class RowStore:
@@ -51,6 +65,8 @@ class RowStore:
         optimizer: the `RowOptimizer`.
         seed: as given.
         scalars: the optimizer's scalars as of the last flush.
+        lock: what reads and writes hold.
+        cells: the index, see `jaxcache.index`: where each written row lies.
 
     >>> group = Group.stack({"user": Table(10**9, 2)})
     >>> store = RowStore(group, RowOptimizer(optax.sgd(0.1, momentum=0.9), 2), seed=0)
@@ -64,10 +80,13 @@ class RowStore:
         self.optimizer = optimizer
         self.seed = operator.index(seed)
         self.scalars = optimizer.scalars
-        self._lock = threading.RLock()
-        self._cells = index.empty(1024)
+        self.lock = threading.Condition()
+        self.cells = index.empty(1024)
         self._written = 0
         self._rows = self.allocate(0)
+        self._snapshots: list[weakref.ref[Snapshot]] = []
+        # Of each snapshot that was taken, a bit for each row written since, until the next one.
+        self._changed: dict[str, np.ndarray] = {}
 
     def __repr__(self):
         return f"RowStore({self.describe()}; {self._written:,} rows written)"
@@ -104,7 +123,7 @@ class RowStore:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory reserved for written rows and their index."""
-        return self._cells.nbytes + sum(leaf.nbytes for leaf in self._leaves(self._rows))
+        return self.cells.nbytes + sum(leaf.nbytes for leaf in self._leaves(self._rows))
 
     def read(self, keys: np.ndarray, size: int | None = None) -> Rows:
         """The rows at `keys` (`int64[N]`) as they are in host memory.
@@ -118,8 +137,8 @@ class RowStore:
         """
         rows = self.allocate(len(keys) if size is None else size)
         positions = np.empty(len(keys), np.int64)
-        with self._lock:
-            index.find_all(self._cells, keys, positions)
+        with self.lock:
+            index.find_all(self.cells, keys, positions)
             if self._written:
                 for out, leaf in zip(self._leaves(rows), self._leaves(self._rows), strict=True):
                     # Positions of untouched rows, ABSENT, are clipped to 0 and overwritten below.
@@ -149,16 +168,21 @@ class RowStore:
                     f"it must be {(len(keys), *leaf.shape[1:])}"
                 )
         positions = np.empty(len(keys), np.int64)
-        with self._lock:
-            index.find_all(self._cells, keys, positions)
+        with self.lock:
+            index.find_all(self.cells, keys, positions)
+            while self._snapshots and not self._copied(keys, positions):
+                self._wait_for_snapshots()
             absent = int(np.count_nonzero(positions == ABSENT))
             if absent:
                 self._reserve(self._written + absent)
-                self._written = index.find_or_insert_all(self._cells, keys, self._written, positions)
+                self._written = index.find_or_insert_all(self.cells, keys, self._written, positions)
             for leaf, new in zip(self._leaves(self._rows), self._leaves(rows), strict=True):
                 words = f"u{leaf.itemsize}"  # a copy needs no arithmetic, and Numba knows no bfloat16
                 flat = np.ascontiguousarray(new).reshape(len(new), -1).view(words)
                 _put(leaf.reshape(len(leaf), -1).view(words), positions, flat)
+            for mark in list(self._changed)[-1:]:
+                self._changed[mark] = changed = _with_room(self._changed[mark], self._written)
+                set_bits(changed, positions)
 
     def fill(self, table: int, weights: Any) -> None:
         """Sets every row of a table to given weights, never updated; memory beyond the rows themselves stays flat.
@@ -167,11 +191,11 @@ class RowStore:
             table: position of the table in the group.
             weights: `float[rows, dim]`, anything that can be sliced into arrays.
         """
-        with self._lock:  # room for all of them at once: growing step by step would copy the rows again and again
+        with self.lock:  # room for all of them at once: growing step by step would copy the rows again and again
             absent = 0
             for start, stop in _spans(self.group.tables[table]):
                 positions = np.empty(stop - start, np.int64)
-                index.find_all(self._cells, self._keys(table, start, stop), positions)
+                index.find_all(self.cells, self._keys(table, start, stop), positions)
                 absent += int(np.count_nonzero(positions == ABSENT))
             self._reserve(self._written + absent)
         for start, stop in _spans(self.group.tables[table]):
@@ -182,6 +206,67 @@ class RowStore:
         """The weights of all rows of the table at position `table`, in order of ids, some rows `[N, dim]` at a time."""
         for start, stop in _spans(self.group.tables[table]):
             yield self.read(self._keys(table, start, stop)).weights
+
+    def snapshot(self, mark: str, since: str | None, copied_bytes: int) -> Snapshot:
+        """The written rows as they are now, to be read while others are written.
+
+        Args:
+            mark: stands for this moment.
+            since: the mark of an earlier snapshot, one of `marks`: only rows written since then; None for all.
+            copied_bytes: most bytes of rows that are copied because they are overwritten before they were read.
+        """
+        with self.lock:
+            bits = np.zeros(0, np.uint8)
+            if since is not None:
+                later = list(self._changed)[list(self._changed).index(since) :]
+                bits = np.zeros(max(len(self._changed[name]) for name in later) or 1, np.uint8)
+                for name in later:
+                    bits[: len(self._changed[name])] |= self._changed[name]
+            snapshot = Snapshot(self, self.emptied(), self.cells, self._written, bits, copied_bytes)
+            self._snapshots.append(weakref.ref(snapshot))
+            self._changed[mark] = np.zeros(0, np.uint8)
+            for old in list(self._changed)[:-_REMEMBERED_SNAPSHOTS]:
+                del self._changed[old]
+        return snapshot
+
+    @property
+    def marks(self) -> list[str]:
+        """Those of the latest snapshots, oldest first, since which the rows written are known."""
+        return list(self._changed)
+
+    def replace(self, other: RowStore, mark: str) -> None:
+        """Takes the rows and scalars of another store of the same group, as of a snapshot of that mark."""
+        with self.lock:
+            self.cells, self._written, self._rows = other.cells, other._written, other._rows
+            self.scalars = other.scalars
+            self._changed = {mark: np.zeros(0, np.uint8)}
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether a snapshot is being read."""
+        return any(snapshot is not None and not snapshot.closed for snapshot in (ref() for ref in self._snapshots))
+
+    def emptied(self) -> RowStore:
+        """A store of the same group without rows."""
+        return RowStore(self.group, self.optimizer, self.seed)
+
+    def reserve(self, count: int) -> None:
+        """Makes room for `count` rows in all; memory is not touched before rows are written."""
+        with self.lock:
+            self._reserve(count)
+
+    def _copied(self, keys: np.ndarray, positions: np.ndarray) -> bool:
+        """Whether snapshots have copied what they need of rows that are about to be overwritten."""
+        snapshots = [(ref, ref()) for ref in self._snapshots]
+        self._snapshots = [ref for ref, snapshot in snapshots if snapshot is not None and not snapshot.closed]
+        return all([snapshot.copy(keys, positions) for _, snapshot in snapshots if snapshot is not None])
+
+    def _wait_for_snapshots(self) -> None:
+        """Waits until one of them was read further, was closed, or may be gone."""
+        started = time.perf_counter()
+        self.lock.wait(_POLL_SECONDS)
+        for snapshot in filter(None, (ref() for ref in self._snapshots)):
+            snapshot.waited += time.perf_counter() - started
 
     def _keys(self, table: int, start: int, stop: int) -> np.ndarray:
         return self.group.keys(table, np.arange(start, stop))
@@ -207,7 +292,7 @@ class RowStore:
             for new, old in zip(self._leaves(larger), self._leaves(self._rows), strict=True):
                 new[: self._written] = old[: self._written]
             self._rows = larger
-        self._cells = index.reserve(self._cells, count)
+        self.cells = index.reserve(self.cells, count)
 
 
 class HostStore:
@@ -338,7 +423,7 @@ class HostStore:
     def _current(self, table: str, ids) -> Rows:
         group, position = self.locate(table)
         ids = check_ids(ids, table, self.tables[table].rows).reshape(-1)
-        self._refuse_behind("read")
+        self.refuse_behind("read")
         return group.read(group.group.keys(position, ids))
 
     def load(self, table: str, source: Any) -> None:
@@ -375,7 +460,7 @@ class HostStore:
                     f"load({table!r}): the store serves an open LookAhead, whose cache would go on with the old rows: "
                     "load before its `with` block or after it"
                 )
-            self._refuse_behind("loaded")
+            self.refuse_behind("loaded")
             weights.check_range()
             self.loaded = True
             self.transfers.expire()
@@ -405,7 +490,7 @@ class HostStore:
         (2, 3)
         """
         group, position = self.locate(table)
-        self._refuse_behind("saved")
+        self.refuse_behind("saved")
         shape = (int(self.tables[table].rows), int(self.tables[table].dim))
         dtype = np.dtype(np.float32) if group.group.dtype == _BFLOAT16 else group.group.dtype
         path = Path(path)
@@ -421,12 +506,13 @@ class HostStore:
                     file.write(weights.astype(dtype, copy=False).data)
                 file.flush()
                 os.fsync(file.fileno())
-            self._refuse_behind("saved")  # training that began meanwhile, in another thread
+            self.refuse_behind("saved")  # training that began meanwhile, in another thread
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def _refuse_behind(self, done: str) -> None:
+    def refuse_behind(self, done: str) -> None:
+        """Raises RuntimeError if a cache holds newer rows: the store must not be `done`."""
         if self._behind:
             raise RuntimeError(
                 "the newest rows are still in the cache: call `cache = ahead.flush(cache)`, or without a LookAhead "
@@ -467,6 +553,26 @@ class HostStore:
     def mark_behind_on_demand(self) -> None:
         """Notes that a cache of on-demand mode may hold newer rows: no pipeline's cache is the newest."""
         self._behind, self.exchanged = True, -1
+
+    def restore(self, groups: Sequence[RowStore], step: int, mark: str) -> None:
+        """Takes over the rows and scalars of stores of the same groups, as of the snapshot `mark` at `step`.
+
+        Whatever the store held is gone, and caches of it are stale. Raises RuntimeError, with nothing changed, while a
+        pipeline has the store open or a snapshot of it is being read.
+        """
+        with self._lock:
+            if self._pipeline is not None:
+                raise RuntimeError(
+                    "the store serves an open LookAhead, whose cache would go on with the old rows: restore before its "
+                    "`with` block or after it"
+                )
+            if any(group.has_snapshots for group in self.groups):
+                raise RuntimeError("the store is still being saved: wait for that before it is restored")
+            self.transfers.expire()
+            for group, read in zip(self.groups, groups, strict=True):
+                group.replace(read, mark)
+            self.step = self.exchanged = step
+            self.unwritten, self.loaded, self._behind = None, False, False
 
     def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
         """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""
