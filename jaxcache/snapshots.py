@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,29 +71,28 @@ def _find_unread(keys, positions, bits, written, frontier, copied, out):
 class Snapshot:
     """The rows of a group that were written when it was taken, as they were, in order of tables and ids.
 
-    They are read once, from the first to the last. A row that is overwritten before it was read is copied first.
-    What it holds is O(copied rows), and a bit for each written row if it is of changed rows alone; it takes no time
-    that grows with the rows but to count them.
+    They are read once, from the first to the last. A row that is overwritten before it was read is copied first, into
+    a file without a name, whose memory the operating system takes back where it needs it. Beside that a snapshot holds
+    a bit for each written row if it is of changed rows alone, and it takes no time that grows with the rows but to
+    count them.
 
     Args:
         store: the rows. It holds the snapshot by a weak reference.
-        copies: an empty store of the same group, for rows that are overwritten.
+        folder: where copies lie.
         cells: the index of `store`, whose cells never change but for new rows.
         written: rows that `store` holds.
         bits: `uint8[M]`, a bit for each position in `store`: the rows it is of; of length 0 for all.
-        copied_bytes: most bytes of rows that are copied.
 
     Attributes:
-        waited: seconds that writers waited until rows were read, because there was no room for another copy.
+        rows_copied: rows that were copied.
     """
 
-    def __init__(
-        self, store: RowStore, copies: RowStore, cells: np.ndarray, written: int, bits: np.ndarray, copied_bytes: int
-    ):
-        self._store, self._copies, self._cells, self._bits = store, copies, cells, bits
-        self._written, self._copied_bytes = written, copied_bytes
+    def __init__(self, store: RowStore, folder: str | os.PathLike, cells: np.ndarray, written: int, bits: np.ndarray):
+        self._store, self._folder, self._cells, self._bits = store, folder, cells, bits
+        self._written, self._copies = written, store.emptied()
         self._frontier: np.uint64 | None = np.uint64(0)  # the first key that was not read; None when it is closed
-        self.waited = 0.0
+        self._failure: OSError | None = None
+        self.rows_copied = 0
 
     @property
     def group(self) -> Group:
@@ -103,11 +103,6 @@ class Snapshot:
     def closed(self) -> bool:
         """Whether it lets go of the rows."""
         return self._frontier is None
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the rows that were copied."""
-        return self._copies.rows_written * self._copies.row_bytes
 
     def count(self) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
         """Counts the rows.
@@ -171,8 +166,17 @@ class Snapshot:
             yield current, rest.view(np.int64)
 
     def read(self, keys: np.ndarray) -> Rows:
-        """The rows at `keys` (`int64[N]`), the next ones, as they were."""
+        """The rows at `keys` (`int64[N]`), the next ones, as they were.
+
+        Raises:
+            OSError: if one was overwritten and there was no room to copy it.
+        """
         with self._store.lock:
+            if self._failure is not None:
+                raise OSError(
+                    f"rows of {', '.join(self.group.names)} were written while they were saved, and there was no room "
+                    f"in {self._folder} to copy what they were: {self._failure}"
+                ) from self._failure
             rows = self._store.read(keys)
             positions = np.empty(len(keys), np.int64)
             index.find_all(self._copies.cells, keys, positions)
@@ -181,30 +185,32 @@ class Snapshot:
                 for leaf, old_leaf in zip((rows.weights, *rows.state), (old.weights, *old.state), strict=True):
                     leaf[copied] = old_leaf
             self._frontier = keys[-1:].view(np.uint64)[0] + np.uint64(1)
-            self._store.lock.notify_all()
         return rows
 
-    def copy(self, keys: np.ndarray, positions: np.ndarray) -> bool:
+    def copy(self, keys: np.ndarray, positions: np.ndarray) -> None:
         """Copies those rows at `keys` (`int64[N]`) and `positions`, about to be overwritten, that are yet to be read.
 
-        Called under the store's lock. Returns False, with nothing done, where there is no room.
+        Called under the store's lock. Where there is no room the snapshot is lost, which `read` tells: the writer goes
+        on.
         """
         if self._frontier is None:
-            return True
+            return
         unread = np.empty(len(keys), np.int64)
         count = _find_unread(keys, positions, self._bits, self._written, self._frontier, self._copies.cells, unread)
         if not count:
-            return True
-        copied = self._copies.rows_written
-        if copied and (copied + count) * self._copies.row_bytes > self._copied_bytes:
-            return False
+            return
         old = keys[unread[:count]]
-        self._copies.write(old, self._store.read(old))
-        return True
+        try:
+            if not self.rows_copied:
+                self._copies = self._store.emptied(self._folder)
+            self._copies.write(old, self._store.read(old))
+        except OSError as error:
+            self.close()
+            self._failure = error
+        else:
+            self.rows_copied += count
 
     def close(self) -> None:
         """Lets go of the rows: nothing is copied any more."""
         with self._store.lock:
-            self._frontier = None
-            self._copies = self._copies.emptied()
-            self._store.lock.notify_all()
+            self._frontier, self._copies = None, self._store.emptied()
