@@ -40,7 +40,7 @@ def _put(table, positions, rows):
             table[positions[i], j] = rows[i, j]
 
 
-def _zeros_in_file(folder: str | os.PathLike, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _zeros_in_file(folder: str | os.PathLike[str], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array in a file without a name. Raises OSError if there is no room for it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if not size:
