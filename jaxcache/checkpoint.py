@@ -216,6 +216,8 @@ class Checkpoint:
     ) -> CacheState:
         """After a restore, a cache that holds rows which the saved one held, for `LookAhead.start` or `jc.on_demand`.
 
+        It is filled from the store as that is now.
+
         Args:
             slots: as for `jc.init`; by default as many as were saved. If they are fewer than the rows that the saved
                 cache held, those that were looked up most while they were in it.
@@ -225,7 +227,7 @@ class Checkpoint:
             A `CacheState` on the default device, empty if no cache was saved.
 
         Raises:
-            RuntimeError: before `restore`, or if the store was changed since.
+            RuntimeError: before `restore`, or if another cache holds newer rows than the store.
             ValueError: for slots that are no such number, or none where no cache was saved.
         """
         if self._restored is None:
@@ -233,8 +235,7 @@ class Checkpoint:
                 "cache() is for after a restore, checkpointer.load_checkpointables(step, dict(tables=checkpoint))"
             )
         store, saved = self.store, self._restored
-        if store.behind or store.loaded or store.exchanged != store.step or store.step != saved.step:
-            raise RuntimeError("the store was trained or loaded since the restore: the cache of its checkpoint is old")
+        store.refuse_behind("read")
         slots = saved.slots if slots is None else slots
         if slots is None:
             raise ValueError(f"no cache was saved in {saved.path}: give a number of slots, or start() with none")
@@ -246,6 +247,7 @@ class Checkpoint:
             padded_counts = np.zeros(state.slots, np.int32)
             padded_counts[: len(counts)] = counts
             groups.append(dataclasses.replace(state, counts=jnp.asarray(padded_counts)))
+        store.loaded = False
         return dataclasses.replace(cache, groups=tuple(groups))
 
 

@@ -335,7 +335,7 @@ class HostStore:
         step: updates done as of the last flush.
         exchanged: exchanges whose victims are home: the newest cache has made as many.
         unwritten: what kept victims from being written, until a later `flush` has written them.
-        loaded: whether rows were loaded since the last exchange: caches that were filled before are stale.
+        loaded: whether rows were loaded or restored since the last exchange: caches that were filled before are stale.
         transfers: what serves the programs that call `admit`.
 
     In `with store:`, on the main thread, Ctrl-C costs no cache that a program with `admit` was given: it takes effect
@@ -588,7 +588,7 @@ class HostStore:
             for group, read in zip(self.groups, groups, strict=True):
                 group.replace(read, mark)
             self.step = self.exchanged = step
-            self.unwritten, self.loaded, self._behind = None, False, False
+            self.unwritten, self.loaded, self._behind = None, True, False
 
     def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
         """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""
