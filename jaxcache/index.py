@@ -143,6 +143,8 @@ def rehash(cells, larger):
 def find_all(cells, keys, out):
     """Sets `out` to the values of `keys`, ABSENT where there is none."""
     for i in range(keys.shape[0]):
+        if i + 16 < keys.shape[0]:
+            prefetch(cells, home(cells, keys[i + 16]))
         out[i] = find(cells, keys[i])
 
 
