@@ -21,6 +21,14 @@ _BUCKETS = 2**16  # of keys, to find out where they are dense
 _SORTED_KEYS = 2**23  # sorted at a time, 64 MiB
 
 
+@numba.njit(cache=True)
+def _compiled_version():
+    return index.VERSION
+
+
+index.discard_stale(_compiled_version, __name__)
+
+
 @numba.njit(cache=True, nogil=True)
 def set_bits(bits, positions):
     """Sets the bits, of bytes `uint8[M]`, at `positions`."""
