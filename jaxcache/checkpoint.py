@@ -127,8 +127,12 @@ class Checkpoint:
         return finish()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """Checks the checkpoint. The result restores the store. Raises as `restore`."""
-        return asyncio.to_thread(self.restore, directory)
+        """Restores the store. The result is there for Orbax to wait for. Raises as `restore`."""
+        # Here, since Orbax hides what the result raises behind an error of its own about handlers.
+        await asyncio.to_thread(self.restore, directory)
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
     # What it does
 

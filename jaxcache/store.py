@@ -6,14 +6,12 @@ import errno
 import math
 import operator
 import os
-import shutil
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +21,7 @@ import optax
 
 from jaxcache import index
 from jaxcache.index import ABSENT
+from jaxcache.npy import write_weights
 from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.snapshots import Snapshot, set_bits
 from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
@@ -508,24 +507,12 @@ class HostStore:
         group, position = self.locate(table)
         self.refuse_behind("saved")
         shape = (int(self.tables[table].rows), int(self.tables[table].dim))
-        dtype = np.dtype(np.float32) if group.group.dtype == _BFLOAT16 else group.group.dtype
-        path = Path(path)
-        size, free = shape[0] * shape[1] * dtype.itemsize, shutil.disk_usage(path.parent).free
-        if size > free:
-            raise OSError(errno.ENOSPC, f"table {table!r} takes {size:,} bytes, {free:,} are free for", str(path))
-        partial = path.with_name(path.name + ".part")
-        try:
-            with open(partial, "wb") as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for weights in group.chunks(position):
-                    file.write(weights.astype(dtype, copy=False).data)
-                file.flush()
-                os.fsync(file.fileno())
+
+        def parts() -> Iterator[np.ndarray]:
+            yield from group.chunks(position)
             self.refuse_behind("saved")  # training that began meanwhile, in another thread
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        write_weights(path, f"table {table!r}", shape, group.group.dtype, parts())
 
     def refuse_behind(self, done: str) -> None:
         """Raises RuntimeError if a cache holds newer rows: the store must not be `done`."""
