@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numba
 import numpy as np
@@ -17,7 +17,7 @@ from jaxcache.tables import Group
 if TYPE_CHECKING:
     from jaxcache.store import RowStore
 
-_BUCKETS = 2**16  # of keys, to find out where they are dense
+_BUCKET_BITS = 16  # of keys, which are counted in so many buckets to find out where they are dense
 _SORTED_KEYS = 2**23  # sorted at a time, 64 MiB
 
 
@@ -45,21 +45,22 @@ def _is_in(bits, position, written):
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(cells, bits, written, shift, bases, of_buckets, of_tables):
+def _count(cells, bits, written, first, shift, bases, of_buckets, of_tables):
     for cell in range(cells.shape[0]):
         if _is_in(bits, cells[cell, 1] - 1, written):
             key = np.uint64(cells[cell, 0])
-            of_buckets[key >> shift] += 1
-            of_tables[np.searchsorted(bases, key, side="right") - 1] += 1
+            if key >= first and (key - first) >> shift < np.uint64(of_buckets.shape[0]):
+                of_buckets[(key - first) >> shift] += 1
+                of_tables[np.searchsorted(bases, key, side="right") - 1] += 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _collect(cells, bits, written, shift, first, last, out):
+def _collect(cells, bits, written, first, last, out):
     count = 0
     for cell in range(cells.shape[0]):
         if _is_in(bits, cells[cell, 1] - 1, written):
             key = np.uint64(cells[cell, 0])
-            if first <= key >> shift and key >> shift <= last:
+            if first <= key and key <= last:
                 out[count] = key
                 count += 1
     return count
@@ -74,6 +75,14 @@ def _find_unread(keys, positions, bits, written, frontier, copied, out):
             out[count] = i
             count += 1
     return count
+
+
+class Part(NamedTuple):
+    """A range of keys, from `first` to `last`, with so many `rows` in it."""
+
+    first: int
+    last: int
+    rows: int
 
 
 class Snapshot:
@@ -112,36 +121,36 @@ class Snapshot:
         """Whether it lets go of the rows."""
         return self._frontier is None
 
-    def count(self) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    def count(self) -> tuple[np.ndarray, list[Part]]:
         """Counts the rows.
 
         Returns:
-            Those of each table, `int64[tables]`, and parts of the keys in order, `(first, last, rows)` each, whose rows
-            fit into memory: key ranges by their upper bits.
+            Those of each table, `int64[tables]`; and parts of the keys, in order, each of which fits into memory.
         """
-        of_buckets, of_tables = np.zeros(_BUCKETS, np.int64), np.zeros(len(self.group.tables), np.int64)
-        _count(self._cells, self._bits, self._written, self._shift, self.group.bases, of_buckets, of_tables)
-        most, parts = max(_SORTED_KEYS, self._written // 64), list[tuple[int, int, int]]()
-        for bucket in np.flatnonzero(of_buckets).tolist():
-            rows = int(of_buckets[bucket])
-            if parts and parts[-1][2] + rows <= most:
-                parts[-1] = (parts[-1][0], bucket, parts[-1][2] + rows)
-            else:
-                parts.append((bucket, bucket, rows))
-        return of_tables, parts
+        width = max((self.group.rows - 1).bit_length() - _BUCKET_BITS, 0)
+        return self._count(self._bits, 0, width)
 
     def count_written(self) -> np.ndarray:
         """The rows of each table that had been written, `int64[tables]`, whether or not it is of changed rows alone."""
-        of_buckets, of_tables = np.zeros(_BUCKETS, np.int64), np.zeros(len(self.group.tables), np.int64)
-        every = np.zeros(0, np.uint8)
-        _count(self._cells, every, self._written, self._shift, self.group.bases, of_buckets, of_tables)
-        return of_tables
+        return self._count(np.zeros(0, np.uint8), 0, 64 - _BUCKET_BITS)[0]
 
-    @property
-    def _shift(self) -> np.uint64:
-        return np.uint64(max((self.group.rows - 1).bit_length() - (_BUCKETS.bit_length() - 1), 0))
+    def _count(self, bits: np.ndarray, first: int, shift: int) -> tuple[np.ndarray, list[Part]]:
+        """The same from key `first` on, by buckets of `2**shift` keys."""
+        of_buckets, of_tables = np.zeros(1 << _BUCKET_BITS, np.int64), np.zeros(len(self.group.tables), np.int64)
+        bases = self.group.bases
+        _count(self._cells, bits, self._written, np.uint64(first), np.uint64(shift), bases, of_buckets, of_tables)
+        most, parts = max(_SORTED_KEYS, self._written // 64), list[Part]()
+        for bucket in np.flatnonzero(of_buckets).tolist():
+            rows, start = int(of_buckets[bucket]), first + (bucket << shift)
+            if rows > most and shift >= _BUCKET_BITS:
+                parts += self._count(bits, start, shift - _BUCKET_BITS)[1]
+            elif parts and parts[-1].rows + rows <= most:
+                parts[-1] = Part(parts[-1].first, start + (1 << shift) - 1, parts[-1].rows + rows)
+            else:
+                parts.append(Part(start, start + (1 << shift) - 1, rows))
+        return of_tables, parts
 
-    def keys(self, parts: list[tuple[int, int, int]], chunk_rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def keys(self, parts: Sequence[Part], chunk_rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The keys in order, of one table at a time, in chunks of `chunk_rows` of it, the last one shorter.
 
         Args:
@@ -154,8 +163,7 @@ class Snapshot:
         rest, current = np.zeros(0, np.uint64), 0
         for first, last, count in parts:
             found = np.empty(count, np.uint64)
-            shift = self._shift
-            _collect(self._cells, self._bits, self._written, shift, np.uint64(first), np.uint64(last), found)
+            _collect(self._cells, self._bits, self._written, np.uint64(first), np.uint64(last), found)
             found.sort()
             bounds = np.searchsorted(found, self.group.bases[1:])
             for table, keys in enumerate(np.split(found, bounds)):
