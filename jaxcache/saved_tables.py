@@ -2,7 +2,7 @@
 
 A checkpoint of tables is a folder. `manifest.json`, written last, describes everything in it. Rows lie in *segments*:
 one in a full checkpoint, and one more for each incremental one after it, whose rows take the place of those before. Of
-each table a segment has the ids of its rows, ascending, their weights, and each leaf of their optimizer state. These are
+each table a segment has the ids of its rows, ascending, their weights, and each leaf of their optimizer state. They are
 Zarr 3 arrays, written and read by TensorStore some megabytes at a time, with a checksum of each such chunk.
 """
 
@@ -362,29 +362,56 @@ def _checksum(manifest: Mapping[str, Any]) -> int:
 
 
 def encode_loader_state(state: Any) -> Any:
-    """A loader's state for the manifest. Raises TypeError for what is neither bytes nor JSON."""
+    """A loader's state for the manifest, such that it comes back equal. Raises TypeError for what cannot be kept."""
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
-    try:
-        plain = json.loads(json.dumps(state, default=_plain_number))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the loader's state must be bytes or JSON to be saved: {error}") from error
-    if plain != state:
-        raise TypeError(f"the loader's state must be bytes or JSON to be saved: {state!r} would come back as {plain!r}")
-    return {"json": plain}
+    return {"json": _encode(state)}
 
 
 def decode_loader_state(encoded: Any) -> Any:
     """The state again."""
     if encoded is None:
         return None
-    return base64.b64decode(encoded["bytes"]) if "bytes" in encoded else encoded["json"]
+    return base64.b64decode(encoded["bytes"]) if "bytes" in encoded else _decode(encoded["json"])
 
 
-def _plain_number(value: Any) -> Any:
+_TAGS = {"bytes", "tuple", "dict"}  # the one key of a mapping that stands for what JSON has no word for
+
+
+def _encode(value: Any) -> Any:
+    """`value` in JSON. Grain's states have tuples in them too; others' dicts keys that are numbers."""
     if isinstance(value, np.integer | np.floating | np.bool_):
         return value.item()
-    raise TypeError(f"{type(value).__name__} {value!r}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and not (len(value) == 1 and _TAGS & set(value)):
+            return {key: _encode(item) for key, item in value.items()}
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    raise TypeError(
+        f"the loader's state must be made of dicts, lists, tuples, numbers, strings and bytes to be saved, and has a "
+        f"{type(value).__name__} in it: {value!r}"
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (tag := next(iter(value))) in _TAGS:
+        if tag == "bytes":
+            return base64.b64decode(value[tag])
+        if tag == "tuple":
+            return tuple(_decode(value[tag]))
+        return {_decode(key): _decode(item) for key, item in value[tag]}
+    return {key: _decode(item) for key, item in value.items()}
 
 
 # Reading
