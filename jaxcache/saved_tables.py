@@ -9,6 +9,7 @@ Zarr 3 arrays, written and read by TensorStore some megabytes at a time, with a 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import os
@@ -166,8 +167,10 @@ def find_base(folder: Path, groups: Sequence[RowStore]) -> Base | None:
     for step in root.iterdir() if root.is_dir() else ():
         tables = step / name
         if UNFINISHED not in step.name and (tables / MANIFEST).exists():
-            newest = max((segment.name for segment in (tables / SEGMENTS).iterdir()), default="")
-            found[newest.partition("-")[2]] = tables
+            # A checkpoint that is being deleted, or was when the process was killed, has lost some of its files.
+            with contextlib.suppress(FileNotFoundError):
+                newest = max((segment.name for segment in (tables / SEGMENTS).iterdir()), default="")
+                found[newest.partition("-")[2]] = tables
     return next((Base(found[mark], mark) for mark in reversed(groups[0].marks) if mark in found), None)
 
 
