@@ -32,6 +32,7 @@ from jaxcache.tables import Group, Initializer, Table, normal, uniform
 FORMAT = 1
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
+HELD = "cache"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not committed
 _CHUNK_BYTES = 2**23  # of the widest array, in a file of its own
 _IN_FLIGHT = 2  # chunks that are on their way to or from the disk
@@ -86,6 +87,7 @@ class _Arrays:
         self, folder: Path, leaves: Sequence[Leaf], rows: int, chunk_rows: int, asked: str, create: bool = False
     ):
         self.rows, self.chunk_rows, self._asked, self._folder = rows, chunk_rows, asked, folder
+        self._create = create
         self._opened = [
             self._call(_open, str(folder / quote(leaf.name)), leaf, rows, chunk_rows, create) for leaf in leaves
         ]
@@ -107,16 +109,18 @@ class _Arrays:
         try:
             return function(*arguments)
         except (ValueError, OSError, NotImplementedError) as error:
-            raise OSError(f"{self._asked}: the arrays in {self._folder} {_explained(error)}") from error
+            raise OSError(f"{self._asked}: the arrays in {self._folder} {_explained(error, self._create)}") from error
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception, written: bool) -> str:
     """What went wrong in TensorStore, and what to do about it."""
-    text = str(error)
+    text = str(error).partition(" [tensorstore_spec=")[0]
     if "RESOURCE_EXHAUSTED" in text or "No space left" in text or "File too large" in text:
         return f"could not be written, there is no room: {text}"
     if "Permission" in text or "PERMISSION_DENIED" in text:
         return f"are out of reach: {text}"
+    if written:
+        return f"could not be written: {text}"
     return f"are damaged or missing: restore another checkpoint. {text}"
 
 
@@ -195,24 +199,30 @@ def write_tables(
     Returns:
         The rows written, and their bytes.
     """
-    segments = []
-    if base is not None:
-        segments = read_manifest(base.folder)["segments"]
-        _link(base.folder / SEGMENTS, folder / SEGMENTS)
-    name = f"{len(segments):04d}-{mark}"
-    tables: dict[str, Any] = {}
-    rows_bytes = 0
-    for store, snapshot in snapshots:
-        written = _write_rows(folder / SEGMENTS / name, store, snapshot)
-        rows_bytes += sum(about["rows"] for about in written.values()) * store.row_bytes
-        tables |= written
-    manifest = {
-        **description,
-        "rows_written": _rows_written(snapshots),
-        "segments": [*segments, {"name": name, "tables": tables}],
-        "held": {name: _write_held(folder, name, arrays) for name, arrays in held.items()},
-    }
-    _write_manifest(folder, manifest)
+    try:
+        segments = []
+        if base is not None:
+            segments = read_manifest(base.folder)["segments"]
+            _link(base.folder / SEGMENTS, folder / SEGMENTS)
+        name = f"{len(segments):04d}-{mark}"
+        tables: dict[str, Any] = {}
+        rows_bytes = 0
+        for store, snapshot in snapshots:
+            written = _write_rows(folder / SEGMENTS / name, store, snapshot)
+            rows_bytes += sum(about["rows"] for about in written.values()) * store.row_bytes
+            tables |= written
+        manifest = {
+            **description,
+            "rows_written": _rows_written(snapshots),
+            "segments": [*segments, {"name": name, "tables": tables}],
+            "held": {name: _write_held(folder, name, arrays) for name, arrays in held.items()},
+        }
+        _write_manifest(folder, manifest)
+    except BaseException:
+        # Orbax leaves what was not finished where it is: on a full disk no later checkpoint would find room.
+        for part in (SEGMENTS, HELD):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        raise
     return {"rows": sum(about["rows"] for about in tables.values()), "rows_bytes": rows_bytes}
 
 
@@ -242,16 +252,22 @@ def _write_rows(folder: Path, store: RowStore, snapshot: Snapshot) -> dict[str, 
     ]
     in_flight: deque[tuple[_Arrays, list[Any]]] = deque()
     starts = [0] * len(arrays)
-    for table, keys in snapshot.keys(parts, chunk_rows):
-        ids, rows = group.locate(keys)[1], snapshot.read(keys)
-        in_flight.append((arrays[table], arrays[table].write(starts[table], (ids, rows.weights, *rows.state))))
-        starts[table] += len(ids)
-        tables[group.names[table]]["first_ids"].append(int(ids[0]))
-        if len(in_flight) > _IN_FLIGHT:
+    try:
+        for table, keys in snapshot.keys(parts, chunk_rows):
+            ids, rows = group.locate(keys)[1], snapshot.read(keys)
+            in_flight.append((arrays[table], arrays[table].write(starts[table], (ids, rows.weights, *rows.state))))
+            starts[table] += len(ids)
+            tables[group.names[table]]["first_ids"].append(int(ids[0]))
+            if len(in_flight) > _IN_FLIGHT:
+                oldest, futures = in_flight.popleft()
+                oldest.wait(futures)
+        while in_flight:
             oldest, futures = in_flight.popleft()
             oldest.wait(futures)
-    for oldest, futures in in_flight:
-        oldest.wait(futures)
+    finally:  # after an error too, nothing is written any more
+        for oldest, futures in in_flight:
+            with contextlib.suppress(OSError):
+                oldest.wait(futures)
     return tables
 
 
@@ -267,7 +283,7 @@ def _write_held(folder: Path, name: str, parts: Sequence[np.ndarray]) -> int:
 def _held_arrays(folder: Path, name: str, rows: int, create: bool = False) -> _Arrays:
     asked = f"checkpoint {folder}, the rows of table {name!r} in the cache"
     return _Arrays(
-        folder / "cache" / _table_folder(name), _HELD, rows, max(1, min(rows, _CHUNK_BYTES // 8)), asked, create
+        folder / HELD / _table_folder(name), _HELD, rows, max(1, min(rows, _CHUNK_BYTES // 8)), asked, create
     )
 
 
