@@ -145,7 +145,8 @@ class Checkpoint:
 
         Returns:
             What writes the snapshot, once, on any thread. It is given the folder, which exists by then, and raises
-            OSError if there is no room or a file cannot be written.
+            OSError if there is no room or a file cannot be written, and RuntimeError if it comes so late that training,
+            which waited for room for copies, went on without it.
 
         Raises:
             RuntimeError: if a cache holds newer rows than the store, or `cache` is not the newest.
@@ -177,6 +178,8 @@ class Checkpoint:
         def write(folder: Any) -> None:
             started = time.perf_counter()
             try:
+                for _, snapshot in snapshots:
+                    snapshot.begin()
                 figures = write_tables(folder, description, mark, base, snapshots, held)
             finally:
                 for _, snapshot in snapshots:

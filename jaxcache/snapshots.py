@@ -84,15 +84,17 @@ class Snapshot:
 
     Attributes:
         waited: seconds that writers waited until rows were read, because there was no room for another copy.
+        copied_bytes: bytes of the rows that were copied.
+        begun: whether somebody is about to read it.
     """
 
     def __init__(
         self, store: RowStore, copies: RowStore, cells: np.ndarray, written: int, bits: np.ndarray, copied_bytes: int
     ):
         self._store, self._copies, self._cells, self._bits = store, copies, cells, bits
-        self._written, self._copied_bytes = written, copied_bytes
+        self._written, self._most_copied_bytes = written, copied_bytes
         self._frontier: np.uint64 | None = np.uint64(0)  # the first key that was not read; None when it is closed
-        self.waited = 0.0
+        self.waited, self.copied_bytes, self.begun = 0.0, 0, False
 
     @property
     def group(self) -> Group:
@@ -104,10 +106,19 @@ class Snapshot:
         """Whether it lets go of the rows."""
         return self._frontier is None
 
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the rows that were copied."""
-        return self._copies.rows_written * self._copies.row_bytes
+    def begin(self) -> None:
+        """Notes that it is about to be read: from now on writers wait for it as long as that takes.
+
+        Raises:
+            RuntimeError: if it was given up, because nobody did so for too long.
+        """
+        with self._store.lock:
+            if self.closed:
+                raise RuntimeError(
+                    f"the save of {', '.join(self.group.names)} was given up: training waited {self.waited:.0f} s for "
+                    "its first row to be written, and went on; save again"
+                )
+            self.begun = True
 
     def count(self) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
         """Counts the rows.
@@ -195,11 +206,12 @@ class Snapshot:
         count = _find_unread(keys, positions, self._bits, self._written, self._frontier, self._copies.cells, unread)
         if not count:
             return True
-        copied = self._copies.rows_written
-        if copied and (copied + count) * self._copies.row_bytes > self._copied_bytes:
+        copied_bytes = self.copied_bytes + count * self._copies.row_bytes
+        if self.copied_bytes and copied_bytes > self._most_copied_bytes:
             return False
         old = keys[unread[:count]]
         self._copies.write(old, self._store.read(old))
+        self.copied_bytes = copied_bytes
         return True
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from jaxcache.transfers import Transfers
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POLL_SECONDS = 0.1  # how often a writer that waits for a snapshot looks whether it is still there
+_PATIENCE_SECONDS = 30.0  # how long it waits for one that nobody has begun to read
 _REMEMBERED_SNAPSHOTS = 8  # since which it is known what was written
 _CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
 
@@ -262,11 +263,17 @@ class RowStore:
         return all([snapshot.copy(keys, positions) for _, snapshot in snapshots if snapshot is not None])
 
     def _wait_for_snapshots(self) -> None:
-        """Waits until one of them was read further, was closed, or may be gone."""
+        """Waits until one of them was read further, was closed, or may be gone.
+
+        One that nobody begins to read is given up: where Orbax fails before it comes to the tables, it tells them
+        nothing, and training would wait for ever.
+        """
         started = time.perf_counter()
         self.lock.wait(_POLL_SECONDS)
         for snapshot in filter(None, (ref() for ref in self._snapshots)):
             snapshot.waited += time.perf_counter() - started
+            if not snapshot.begun and snapshot.waited > _PATIENCE_SECONDS:
+                snapshot.close()
 
     def _keys(self, table: int, start: int, stop: int) -> np.ndarray:
         return self.group.keys(table, np.arange(start, stop))
