@@ -135,7 +135,8 @@ PHASES = [
     "in an incremental save",
     "as a save was finished",
 ]
-AIMS = {FULL: 0.1, INCREMENTAL: 0.1, STEPS_ALONE: 0.1, FINISHING: 0.05, STARTING: 1.0}  # seconds of it, at most
+# Seconds of it, at most. The first full save is not aimed at, so that the second run goes on from an incremental one.
+AIMS = {INCREMENTAL: 0.1, FULL: 0.1, STEPS_ALONE: 0.1, FINISHING: 0.05, STARTING: 1.0}
 
 
 class Shared:
@@ -308,7 +309,7 @@ def kill_often(kills: int, seed: int) -> None:
     print(f"{kills} kills ({said}) of {runs} runs: the bits of one never killed, {time.monotonic() - started:.0f} s")
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(12, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bits(kills, seed):
     """In a process that has no thread, so that it can be forked; see `kill_often`."""
     output = run_alone(sys.executable, "-W", "error", __file__, str(kills), str(seed))
