@@ -148,7 +148,7 @@ class Checkpoint:
 
         Raises:
             RuntimeError: if a cache holds newer rows than the store, or `cache` is not the newest.
-            TypeError: if the state of the loader is neither bytes nor JSON.
+            TypeError: if the state of the loader is not made of dicts, lists, tuples, numbers, strings and bytes.
         """
         started = time.perf_counter()
         store, cache, ahead = self.store, self._cache, self._ahead

@@ -9,6 +9,7 @@ Zarr 3 arrays, written and read by TensorStore some megabytes at a time, with a 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import os
@@ -32,6 +33,7 @@ from jaxcache.tables import Group, Initializer, Table, normal, uniform
 FORMAT = 1
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
+HELD = "cache"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not committed
 _CHUNK_BYTES = 2**23  # of the widest array, in a file of its own
 _IN_FLIGHT = 2  # chunks that are on their way to or from the disk
@@ -87,6 +89,7 @@ class _Arrays:
         self, folder: Path, leaves: Sequence[Leaf], rows: int, chunk_rows: int, asked: str, create: bool = False
     ):
         self.rows, self.chunk_rows, self._asked, self._folder = rows, chunk_rows, asked, folder
+        self._create = create
         self._opened = [
             self._call(_open, str(folder / quote(leaf.name)), leaf, rows, chunk_rows, create) for leaf in leaves
         ]
@@ -108,16 +111,18 @@ class _Arrays:
         try:
             return function(*arguments)
         except (ValueError, OSError, NotImplementedError) as error:
-            raise OSError(f"{self._asked}: the arrays in {self._folder} {_explained(error)}") from error
+            raise OSError(f"{self._asked}: the arrays in {self._folder} {_explained(error, self._create)}") from error
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception, written: bool) -> str:
     """What went wrong in TensorStore, and what to do about it."""
-    text = str(error)
+    text = str(error).partition(" [tensorstore_spec=")[0]
     if "RESOURCE_EXHAUSTED" in text or "No space left" in text or "File too large" in text:
         return f"could not be written, there is no room: {text}"
     if "Permission" in text or "PERMISSION_DENIED" in text:
         return f"are out of reach: {text}"
+    if written:
+        return f"could not be written: {text}"
     return f"are damaged or missing: restore another checkpoint. {text}"
 
 
@@ -168,8 +173,10 @@ def find_base(folder: Path, groups: Sequence[RowStore]) -> Base | None:
     for step in root.iterdir() if root.is_dir() else ():
         tables = step / name
         if UNFINISHED not in step.name and (tables / MANIFEST).exists():
-            newest = max((segment.name for segment in (tables / SEGMENTS).iterdir()), default="")
-            found[newest.partition("-")[2]] = tables
+            # A checkpoint that is being deleted, or was when the process was killed, has lost some of its files.
+            with contextlib.suppress(FileNotFoundError):
+                newest = max((segment.name for segment in (tables / SEGMENTS).iterdir()), default="")
+                found[newest.partition("-")[2]] = tables
     return next((Base(found[mark], mark) for mark in reversed(groups[0].marks) if mark in found), None)
 
 
@@ -194,24 +201,30 @@ def write_tables(
     Returns:
         The rows written, and their bytes.
     """
-    segments = []
-    if base is not None:
-        segments = read_manifest(base.folder)["segments"]
-        _link(base.folder / SEGMENTS, folder / SEGMENTS)
-    name = f"{len(segments):04d}-{mark}"
-    tables: dict[str, Any] = {}
-    rows_bytes = 0
-    for store, snapshot in snapshots:
-        written = _write_rows(folder / SEGMENTS / name, store, snapshot)
-        rows_bytes += sum(about["rows"] for about in written.values()) * store.row_bytes
-        tables |= written
-    manifest = {
-        **description,
-        "rows_written": _rows_written(snapshots),
-        "segments": [*segments, {"name": name, "tables": tables}],
-        "held": {name: _write_held(folder, name, arrays) for name, arrays in held.items()},
-    }
-    _write_manifest(folder, manifest)
+    try:
+        segments = []
+        if base is not None:
+            segments = read_manifest(base.folder)["segments"]
+            _link(base.folder / SEGMENTS, folder / SEGMENTS)
+        name = f"{len(segments):04d}-{mark}"
+        tables: dict[str, Any] = {}
+        rows_bytes = 0
+        for store, snapshot in snapshots:
+            written = _write_rows(folder / SEGMENTS / name, store, snapshot)
+            rows_bytes += sum(about["rows"] for about in written.values()) * store.row_bytes
+            tables |= written
+        manifest = {
+            **description,
+            "rows_written": _rows_written(snapshots),
+            "segments": [*segments, {"name": name, "tables": tables}],
+            "held": {name: _write_held(folder, name, arrays) for name, arrays in held.items()},
+        }
+        _write_manifest(folder, manifest)
+    except BaseException:
+        # Orbax leaves what was not finished where it is: on a full disk no later checkpoint would find room.
+        for part in (SEGMENTS, HELD):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        raise
     return {"rows": sum(about["rows"] for about in tables.values()), "rows_bytes": rows_bytes}
 
 
@@ -241,16 +254,22 @@ def _write_rows(folder: Path, store: RowStore, snapshot: Snapshot) -> dict[str, 
     ]
     in_flight: deque[tuple[_Arrays, list[Any]]] = deque()
     starts = [0] * len(arrays)
-    for table, keys in snapshot.keys(parts, chunk_rows):
-        ids, rows = group.locate(keys)[1], snapshot.read(keys)
-        in_flight.append((arrays[table], arrays[table].write(starts[table], (ids, rows.weights, *rows.state))))
-        starts[table] += len(ids)
-        tables[group.names[table]]["first_ids"].append(int(ids[0]))
-        if len(in_flight) > _IN_FLIGHT:
+    try:
+        for table, keys in snapshot.keys(parts, chunk_rows):
+            ids, rows = group.locate(keys)[1], snapshot.read(keys)
+            in_flight.append((arrays[table], arrays[table].write(starts[table], (ids, rows.weights, *rows.state))))
+            starts[table] += len(ids)
+            tables[group.names[table]]["first_ids"].append(int(ids[0]))
+            if len(in_flight) > _IN_FLIGHT:
+                oldest, futures = in_flight.popleft()
+                oldest.wait(futures)
+        while in_flight:
             oldest, futures = in_flight.popleft()
             oldest.wait(futures)
-    for oldest, futures in in_flight:
-        oldest.wait(futures)
+    finally:  # after an error too, nothing is written any more
+        for oldest, futures in in_flight:
+            with contextlib.suppress(OSError):
+                oldest.wait(futures)
     return tables
 
 
@@ -266,7 +285,7 @@ def _write_held(folder: Path, name: str, parts: Sequence[np.ndarray]) -> int:
 def _held_arrays(folder: Path, name: str, rows: int, create: bool = False) -> _Arrays:
     asked = f"checkpoint {folder}, the rows of table {name!r} in the cache"
     return _Arrays(
-        folder / "cache" / _table_folder(name), _HELD, rows, max(1, min(rows, _CHUNK_BYTES // 8)), asked, create
+        folder / HELD / _table_folder(name), _HELD, rows, max(1, min(rows, _CHUNK_BYTES // 8)), asked, create
     )
 
 
@@ -364,31 +383,58 @@ def _checksum(manifest: Mapping[str, Any]) -> int:
 
 
 def encode_loader_state(state: Any) -> Any:
-    """A loader's state for the manifest. Raises TypeError for what is neither bytes nor JSON."""
+    """A loader's state for the manifest, such that it comes back equal. Raises TypeError for what cannot be kept."""
     if state is None:
         return None
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
-    try:
-        plain = json.loads(json.dumps(state, default=_plain_number))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the loader's state must be bytes or JSON to be saved: {error}") from error
-    if plain != state:
-        raise TypeError(f"the loader's state must be bytes or JSON to be saved: {state!r} would come back as {plain!r}")
-    return {"json": plain}
+    return {"json": _encode(state)}
 
 
 def decode_loader_state(encoded: Any) -> Any:
     """The state again."""
     if encoded is None:
         return None
-    return base64.b64decode(encoded["bytes"]) if "bytes" in encoded else encoded["json"]
+    return base64.b64decode(encoded["bytes"]) if "bytes" in encoded else _decode(encoded["json"])
 
 
-def _plain_number(value: Any) -> Any:
+_TAGS = {"bytes", "tuple", "dict"}  # the one key of a mapping that stands for what JSON has no word for
+
+
+def _encode(value: Any) -> Any:
+    """`value` in JSON. Grain's states have tuples in them too; others' dicts keys that are numbers."""
     if isinstance(value, np.integer | np.floating | np.bool_):
         return value.item()
-    raise TypeError(f"{type(value).__name__} {value!r}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and not (len(value) == 1 and _TAGS & set(value)):
+            return {key: _encode(item) for key, item in value.items()}
+        return {"dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    raise TypeError(
+        f"the loader's state must be made of dicts, lists, tuples, numbers, strings and bytes to be saved, and has a "
+        f"{type(value).__name__} in it: {value!r}"
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (tag := next(iter(value))) in _TAGS:
+        if tag == "bytes":
+            return base64.b64decode(value[tag])
+        if tag == "tuple":
+            return tuple(_decode(value[tag]))
+        return {_decode(key): _decode(item) for key, item in value[tag]}
+    return {key: _decode(item) for key, item in value.items()}
 
 
 # Reading
