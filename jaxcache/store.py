@@ -172,6 +172,7 @@ class RowStore:
             index.find_all(self.cells, keys, positions)
             while self._snapshots and not self._copied(keys, positions):
                 self._wait_for_snapshots()
+                index.find_all(self.cells, keys, positions)  # another writer may have added some of them
             absent = int(np.count_nonzero(positions == ABSENT))
             if absent:
                 self._reserve(self._written + absent)
