@@ -178,6 +178,7 @@ class Checkpoint:
             started = time.perf_counter()
             try:
                 figures = write_tables(folder, description, mark, base, snapshots, held)
+                copied = sum(snapshot.copied_bytes for _, snapshot in snapshots)  # of which none is left when closed
             finally:
                 for _, snapshot in snapshots:
                     snapshot.close()
@@ -186,7 +187,7 @@ class Checkpoint:
                 incremental=base is not None,
                 pause_seconds=pause,
                 write_seconds=time.perf_counter() - started,
-                copied_bytes=sum(snapshot.copied_bytes for _, snapshot in snapshots),
+                copied_bytes=copied,
                 waited_seconds=sum(snapshot.waited for _, snapshot in snapshots),
                 **figures,
             )
