@@ -187,7 +187,7 @@ class Checkpoint:
                 incremental=base is not None,
                 pause_seconds=pause,
                 write_seconds=time.perf_counter() - started,
-                copied_bytes=sum(snapshot.rows_copied * rows.row_bytes for rows, snapshot in snapshots),
+                copied_bytes=sum(snapshot.copied_bytes for _, snapshot in snapshots),
                 **figures,
             )
 

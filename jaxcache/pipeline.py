@@ -313,7 +313,8 @@ class LookAhead:
         self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
         self._get_loader_state = loader_state
         self._loader_states: deque[Any] = deque()  # behind batch `_loader_states_from`, and each that was drawn after
-        self._loader_states_from = self._trained = 0
+        self._loader_states_from = 0
+        self._trained_state: Any = None  # that behind the batch trained last, as of the latest flush
         self._loader_opened = threading.Event()
         groups = [rows.group for rows in store.groups]
         self.features = dict(features or {})
@@ -899,7 +900,8 @@ class LookAhead:
             for report, written in zip(self._report.groups.values(), write_dirty_rows(cache, self._store), strict=True):
                 report.rows_flushed += written
             self._flushed_before_update = int(cache.step) < found
-            self._trained = max(int(cache.step) - self._first_step, self._loader_states_from)
+            trained = max(int(cache.step) - self._first_step, self._loader_states_from)
+            self._trained_state = self._loader_states[trained - self._loader_states_from]
             fault = int(cache.fault)
             if faulty is None and fault != CacheState.NO_FAULT:
                 faulty = _FaultError(_explain_fault(fault, int(cache.step), found, newest))
@@ -990,7 +992,7 @@ class LookAhead:
             raise RuntimeError("loader_state is known after start(): `cache = ahead.start()`")
         while not self._loader_opened.wait(_POLL_SECONDS):
             self._poll()
-        return copying.deepcopy(self._loader_states[self._trained - self._loader_states_from])
+        return copying.deepcopy(self._trained_state)
 
     def _forget_loader_states(self) -> None:
         """Those before the batch that is yielded now: all batches before it are trained."""
@@ -1093,7 +1095,8 @@ class LookAhead:
         with stage.working():
             iterator = iter(self._loader)
             get_state: Any = self._get_loader_state or getattr(iterator, "get_state", lambda: None)
-            self._loader_states.append(copying.deepcopy(get_state()))
+            self._trained_state = copying.deepcopy(get_state())
+            self._loader_states.append(self._trained_state)
             self._loader_opened.set()
         while True:
             with stage.working():

@@ -701,7 +701,11 @@ def find_tables(path: Any) -> Any:
         return found[0]
     if found:
         raise ValueError(f"{path} has tables under several names: choose one of {', '.join(map(str, found))}")
-    steps = [folder.name for folder in folders if list(folder.glob(f"*/{MANIFEST}"))]
+    steps = [
+        folder.name
+        for folder in folders
+        if any(UNFINISHED not in manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}"))
+    ]
     if steps:
         raise ValueError(f"{path} has several checkpoints: choose {path}/STEP, with STEP of {', '.join(steps)}")
     raise FileNotFoundError(f"there is no checkpoint of tables in {path}")

@@ -101,7 +101,7 @@ class Snapshot:
         bits: `uint8[M]`, a bit for each position in `store`: the rows it is of; of length 0 for all.
 
     Attributes:
-        rows_copied: rows that were copied.
+        copied_bytes: bytes of the rows that were copied.
     """
 
     def __init__(self, store: RowStore, folder: str | os.PathLike, cells: np.ndarray, written: int, bits: np.ndarray):
@@ -109,7 +109,7 @@ class Snapshot:
         self._written, self._copies = written, store.emptied()
         self._frontier: np.uint64 | None = np.uint64(0)  # the first key that was not read; None when it is closed
         self._failure: OSError | None = None
-        self.rows_copied = 0
+        self.copied_bytes = 0
 
     @property
     def group(self) -> Group:
@@ -217,14 +217,14 @@ class Snapshot:
             return
         old = keys[unread[:count]]
         try:
-            if not self.rows_copied:
+            if not self.copied_bytes:
                 self._copies = self._store.emptied(self._folder)
             self._copies.write(old, self._store.read(old))
         except OSError as error:
             self.close()
             self._failure = error
         else:
-            self.rows_copied += count
+            self.copied_bytes += count * self._store.row_bytes
 
     def close(self) -> None:
         """Lets go of the rows: nothing is copied any more."""
