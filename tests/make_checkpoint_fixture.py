@@ -23,6 +23,7 @@ FIXTURE = Path(__file__).parent / "checkpoint_format_1"
 LOADER_STATE = b"\x00\xffat batch 8"
 SLOTS = (6, 4, 2)  # of the groups of item and user, word, and page
 HELD = {"item": {3: 5, 20: 1}, "user": {10**12 - 1: 9, 12: 3}, "word": {8: 2}}
+ADAM, ROWWISE_ADAGRAD = optax.adam(0.125), jc.rowwise_adagrad(0.5)
 CHANGED = {
     "item": [3, 21, 22],
     "user": [10**12 - 1],
@@ -42,10 +43,10 @@ def make_store(**changes) -> jc.HostStore:
     tables = {
         "item": jc.Table(40, 3, jc.normal(0.25)),
         "user": jc.Table(10**12, 3, jc.uniform(0.5)),
-        "word": jc.Table(9, 2, dtype="bfloat16", master_copy=True, optimizer=jc.rowwise_adagrad(0.5)),
+        "word": jc.Table(9, 2, dtype="bfloat16", master_copy=True, optimizer=ROWWISE_ADAGRAD),
         "page": jc.Table(6, 4, dtype="float16", frozen=True),
     }
-    return jc.HostStore({**tables, **changes}, optimizer=optax.adam(0.125), seed=7)
+    return jc.HostStore({**tables, **changes}, optimizer=ADAM, seed=7)
 
 
 def fill(store: jc.HostStore, name: str, ids, step: int) -> None:
