@@ -2,6 +2,7 @@
 
     python examples/train_dlrm.py
     python examples/train_dlrm.py --data train.txt.gz --slots 5% --epochs 2
+    python examples/train_dlrm.py --checkpoint runs/1  # goes on where an earlier such command was stopped
 
 Without --data it trains on a synthetic click log with the cardinalities of the Criteo Kaggle log.
 """
@@ -9,8 +10,10 @@ Without --data it trains on a synthetic click log with the cardinalities of the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
 
 import jaxcache as jc
 from common import (
@@ -40,6 +45,7 @@ from synthetic import KAGGLE_CARDINALITIES, ClickLog, scaled_cardinalities
 
 DEFAULT_STEPS = 500
 TEST_BATCHES = 40
+CHECKPOINT_EVERY = 100
 # Batches of the synthetic log that no training reaches.
 FIRST_TEST_BATCH = 10**12
 
@@ -70,18 +76,18 @@ class Data:
 
     Attributes:
         tables: number of rows of each feature's table.
-        train: makes the training batches, as `ClickLog.batch` and `CriteoLog.batches` show them.
+        train: makes the training batches from a step on, as `ClickLog.batch` and `CriteoLog.batches` show them.
         steps: number of training batches.
         batch_size: samples in each of them, except for a shorter last one in each epoch.
-        samples: samples in all of them.
+        samples: number of samples in the first so many of them.
         test: makes the test batches.
     """
 
     tables: dict[str, int]
-    train: Callable[[], Iterable[dict[str, Any]]]
+    train: Callable[[int], Iterable[dict[str, Any]]]
     steps: int
     batch_size: int
-    samples: int
+    samples: Callable[[int], int]
     test: Callable[[], Iterable[dict[str, Any]]]
 
 
@@ -91,10 +97,10 @@ def synthetic_data(rows: int | None, batch_size: int, steps: int | None, seed: i
     steps = steps or DEFAULT_STEPS
     return Data(
         tables=dict(zip(log.features, log.cardinalities, strict=True)),
-        train=lambda: log.batches(batch_size, steps),
+        train=lambda start: log.batches(batch_size, steps - start, start),
         steps=steps,
         batch_size=batch_size,
-        samples=steps * batch_size,
+        samples=lambda count: count * batch_size,
         test=lambda: log.batches(batch_size, TEST_BATCHES, start=FIRST_TEST_BATCH),
     )
 
@@ -110,18 +116,21 @@ def criteo_data(path: Path, rows: int | None, batch_size: int, steps: int | None
     batch_size = min(batch_size, len(log.train_lines))
     batches_per_epoch = math.ceil(len(log.train_lines) / batch_size)
     steps = min(steps or epochs * batches_per_epoch, epochs * batches_per_epoch)
-    whole_epochs, rest = divmod(steps, batches_per_epoch)
 
     def train() -> Iterator[dict[str, Any]]:
         for _ in range(epochs):
             yield from log.batches(batch_size, log.train_lines)
 
+    def samples(count: int) -> int:
+        whole_epochs, rest = divmod(count, batches_per_epoch)
+        return whole_epochs * len(log.train_lines) + rest * batch_size
+
     return Data(
         tables=dict(zip(log.features, log.cardinalities, strict=True)),
-        train=lambda: itertools.islice(train(), steps),
+        train=lambda start: itertools.islice(train(), start, steps),
         steps=steps,
         batch_size=batch_size,
-        samples=whole_epochs * len(log.train_lines) + rest * batch_size,
+        samples=samples,
         test=lambda: log.batches(batch_size, log.test_lines),
     )
 
@@ -167,6 +176,47 @@ def make_steps(model: DLRM) -> tuple[DenseState, Steps]:
     return DenseState(parameters, optimizer.init(parameters)), Steps(train, predict)
 
 
+class CannotResume(Exception):
+    """The newest checkpoint is damaged, or one of another run."""
+
+
+class Checkpoints:
+    """Checkpoints of a run, the latest two, each of the tables and of the dense state; written beside the training."""
+
+    def __init__(self, folder: Path, store: jc.HostStore) -> None:
+        latest = ocp.training.preservation_policies.LatestN(2)
+        self._orbax = ocp.training.Checkpointer(folder.absolute(), preservation_policy=latest)
+        self._folder, self._store = folder, store
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._orbax.close()  # once what is being written is complete
+
+    def resume(self, state: DenseState, slots: int | str) -> tuple[DenseState, jc.CacheState | None]:
+        """Restore the store from the newest checkpoint and return what goes with it; without one, `state`."""
+        if self._orbax.latest is None:
+            return state, None
+        step, tables = self._orbax.latest.step, jc.Checkpoint(self._store)
+        try:
+            self._orbax.load_checkpointables(step, {"tables": tables})
+        except (OSError, ValueError) as error:
+            raise CannotResume(str(error)) from error
+        state = self._orbax.load_checkpointables(step, {"dense": state})["dense"]
+        print(f"resumed from step {step} of {self._folder / str(step)}")
+        return state, tables.cache(slots)
+
+    def save(self, ahead: jc.LookAhead, cache: jc.CacheState, state: DenseState) -> jc.CacheState:
+        """Begin to write a checkpoint and return the flushed cache."""
+        start = time.perf_counter()
+        cache = ahead.flush(cache)
+        tables = jc.Checkpoint(self._store, cache, ahead=ahead)
+        self._orbax.save_checkpointables_async(self._store.step, {"tables": tables, "dense": state}, force=True)
+        tqdm.write(f"checkpoint of step {self._store.step}: paused for {time.perf_counter() - start:.3f} s")
+        return cache
+
+
 def run(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Train and test, print the figures, and return them as `--summary` writes them."""
     store = jc.HostStore(
@@ -176,20 +226,34 @@ def run(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
     )
     model = DLRM(tuple(data.tables), arguments.dim, rngs=nnx.Rngs(arguments.seed))
     state, steps = make_steps(model)
-    with jc.LookAhead(
-        store,
-        data.train(),
-        ids=lambda batch: batch["ids"],
-        slots="100%" if arguments.no_cache else arguments.slots,
-        policy=POLICIES[arguments.policy](),
-        window=arguments.window,
-    ) as ahead:
-        cache = ahead.start()
-        with Progress(ahead, data.steps, data.batch_size, data.samples) as progress:
-            for batch, plan in ahead:
+    slots = "100%" if arguments.no_cache else arguments.slots
+    with contextlib.ExitStack() as stack:
+        checkpoints, warm = None, None
+        if arguments.checkpoint:
+            checkpoints = stack.enter_context(Checkpoints(arguments.checkpoint, store))
+            state, warm = checkpoints.resume(state, slots)
+        done, every = store.step, arguments.checkpoint_every or CHECKPOINT_EVERY
+        last = max(done, data.steps)
+        if done == last:
+            print(f"nothing is left to train: {done} steps are done, {data.steps} are asked for")
+        ahead = jc.LookAhead(
+            store,
+            data.train(done),
+            ids=lambda batch: batch["ids"],
+            slots=slots,
+            policy=POLICIES[arguments.policy](),
+            window=arguments.window,
+        )
+        stack.enter_context(ahead)
+        cache = ahead.start(warm)
+        samples = data.samples(last) - data.samples(done)
+        with Progress(ahead, last - done, data.batch_size, samples) as progress:
+            for step, (batch, plan) in enumerate(ahead, done + 1):
                 cache = ahead.exchange(cache, plan)
                 cache, state, loss = steps.train(cache, plan, state, batch["dense"], batch["label"])
                 progress.step(loss)
+                if checkpoints and (step % every == 0 or step == last):
+                    cache = checkpoints.save(ahead, cache, state)
             last_loss, samples_per_second = progress.finish()
 
         def predict(view: jc.CacheState, plan: jc.Plan, batch: dict[str, Any]) -> jax.Array:
@@ -236,6 +300,8 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"batches to train on; synthetic: {DEFAULT_STEPS}, --data: all, and no more than that",
     )
     add("--seed", type=seed_number, default=0, help="of log, rows and model (%(default)s)")
+    add("--checkpoint", type=Path, metavar="DIR", help="save there, and go on from the newest checkpoint in it")
+    add("--checkpoint-every", type=positive_integer, metavar="N", help=f"steps; {CHECKPOINT_EVERY}, and at the end")
     add("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
@@ -246,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     if arguments.epochs and not arguments.data:
         parser.error("argument --epochs: needs --data")
+    if arguments.checkpoint_every and not arguments.checkpoint:
+        parser.error("argument --checkpoint-every: needs --checkpoint")
     if arguments.summary and not arguments.summary.parent.is_dir():
         parser.error(f"argument --summary: no folder {arguments.summary.parent}")
     sizes = (arguments.rows, arguments.batch_size, arguments.steps)
@@ -260,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         summary = run(arguments, data)
     except jc.TooFewSlots as error:
         parser.error(f"argument --slots: {error}")
+    except CannotResume as error:
+        parser.error(f"argument --checkpoint: {error}")
     if arguments.summary:
         write_summary(arguments.summary, summary)
     return summary

@@ -66,7 +66,7 @@ class Capacity:
             raise ValueError('LookAhead needs one of slots= (rows, or a share such as "1.5%") and device_bytes=')
         costs = (1,) * len(groups)
         if device_bytes is not None:
-            asked, budget = f"LookAhead(device_bytes={device_bytes!r})", parse_bytes(device_bytes) - fixed_bytes
+            asked, budget = f"LookAhead(device_bytes={device_bytes!r})", _parse_bytes(device_bytes) - fixed_bytes
             costs = tuple(size + SLOT_BYTES for size in row_bytes)
         elif isinstance(slots, Mapping):
             asked = f"LookAhead(slots={dict(slots)!r})"
@@ -185,8 +185,7 @@ def parse_mapping(slots: Mapping[str, Any], groups: Sequence[Group], asked: str)
     return numbers
 
 
-def parse_bytes(size: Any, asked: str = "LookAhead(device_bytes={!r})") -> int:
-    """A number of bytes, or a size such as "4GiB", as a number. Raises ValueError."""
+def _parse_bytes(size: Any) -> int:
     found = None
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", size.lower())
@@ -195,6 +194,8 @@ def parse_bytes(size: Any, asked: str = "LookAhead(device_bytes={!r})") -> int:
     elif isinstance(size, int | np.integer) and not isinstance(size, bool):
         found = int(size)
     if found is None or found < 1:
-        name = asked.partition("(")[2].partition("=")[0]
-        raise ValueError(f'{asked.format(size)}: {name} must be a positive number of bytes, or a size such as "4GiB"')
+        raise ValueError(
+            f"LookAhead(device_bytes={size!r}): device_bytes must be a positive number of bytes, or a size such as "
+            '"4GiB"'
+        )
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache import kernels
-from jaxcache.capacity import parse_bytes
 from jaxcache.chunks import bring_in
 from jaxcache.ondemand import parse_group_slots
 from jaxcache.pipeline import LookAhead
@@ -44,7 +45,6 @@ class SaveFigures:
         pause_seconds: how long the caller of `save` was held up; a flush before it aside.
         write_seconds: how long the files took, beside the training.
         copied_bytes: rows that were copied because training overwrote them before they were in a file.
-        waited_seconds: how long training waited until such rows were, for want of room for more copies.
     """
 
     step: int
@@ -54,15 +54,15 @@ class SaveFigures:
     pause_seconds: float
     write_seconds: float
     copied_bytes: int
-    waited_seconds: float
 
 
 class Checkpoint:
     """A store's tables, with optimizer state, and which rows a cache holds: what Orbax calls a stateful checkpointable.
 
     Saving is asynchronous where the caller's Orbax call is: what is saved is the store as it was at the call, whatever
-    is trained meanwhile. Rows that were never written are not saved. Restoring replaces everything that the store
-    holds, once all of it was read and is sound.
+    is trained meanwhile. Rows that training overwrites before they are saved are copied first, into a file without a
+    name beside the checkpoints. Rows that were never written are not saved. Restoring replaces everything that the
+    store holds, once all of it was read and is sound.
 
     Args:
         store: the tables; to be saved, flushed.
@@ -71,8 +71,6 @@ class Checkpoint:
         incremental: saves the rows alone that changed since the newest checkpoint that this process saved or restored
             and that lies beside the new one. The files of that one get a second name in the new one, so that each can
             be deleted or restored without the other. Where there is none, all rows are saved.
-        copied_bytes: most bytes of host memory for rows that training overwrites before they are in a file; beyond
-            that training waits for the files.
 
     Attributes:
         store: the tables.
@@ -81,7 +79,6 @@ class Checkpoint:
 
     Raises:
         TypeError: for something else than a `HostStore`, a `CacheState` and a `LookAhead`.
-        ValueError: for `copied_bytes` that are no size.
 
     >>> import optax, tempfile
     >>> from orbax.checkpoint import v1 as ocp
@@ -104,7 +101,6 @@ class Checkpoint:
         *,
         ahead: LookAhead | None = None,
         incremental: bool = False,
-        copied_bytes: int | str = "64MiB",
     ):
         for name, value, kind in (
             ("store", store, HostStore),
@@ -114,7 +110,6 @@ class Checkpoint:
             if not isinstance(value, kind) and (value is not None or name == "store"):
                 raise TypeError(f"Checkpoint({name}=...) needs a {kind.__name__}, got {type(value).__name__}")
         self.store, self._cache, self._ahead, self._incremental = store, cache, ahead, bool(incremental)
-        self._copied_bytes = parse_bytes(copied_bytes, "Checkpoint(copied_bytes={!r})")
         self.figures: SaveFigures | None = None
         self.loader_state: Any = None
         self._restored: SavedTables | None = None
@@ -132,8 +127,12 @@ class Checkpoint:
         return finish()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """Checks the checkpoint. The result restores the store. Raises as `restore`."""
-        return asyncio.to_thread(self.restore, directory)
+        """Restores the store. The result is there for Orbax to wait for. Raises as `restore`."""
+        # Here, since Orbax hides what the result raises behind an error of its own about handlers.
+        await asyncio.to_thread(self.restore, directory)
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
     # What it does
 
@@ -145,8 +144,7 @@ class Checkpoint:
 
         Returns:
             What writes the snapshot, once, on any thread. It is given the folder, which exists by then, and raises
-            OSError if there is no room or a file cannot be written, and RuntimeError if it comes so late that training,
-            which waited for room for copies, went on without it.
+            OSError if there is no room or a file cannot be written.
 
         Raises:
             RuntimeError: if a cache holds newer rows than the store, or `cache` is not the newest.
@@ -172,14 +170,14 @@ class Checkpoint:
         held = {} if cache is None else _held_rows(cache)
         base = find_base(folder, store.groups) if self._incremental else None
         since, mark = None if base is None else base.mark, uuid.uuid4().hex
-        snapshots = [(rows, rows.snapshot(mark, since, self._copied_bytes)) for rows in store.groups]
+        root = folder.parent.parent  # of all checkpoints
+        copies = root if os.path.isdir(root) else tempfile.gettempdir()
+        snapshots = [(rows, rows.snapshot(mark, since, copies)) for rows in store.groups]
         pause = time.perf_counter() - started
 
         def write(folder: Any) -> None:
             started = time.perf_counter()
             try:
-                for _, snapshot in snapshots:
-                    snapshot.begin()
                 figures = write_tables(folder, description, mark, base, snapshots, held)
             finally:
                 for _, snapshot in snapshots:
@@ -189,8 +187,7 @@ class Checkpoint:
                 incremental=base is not None,
                 pause_seconds=pause,
                 write_seconds=time.perf_counter() - started,
-                copied_bytes=sum(snapshot.copied_bytes for _, snapshot in snapshots),
-                waited_seconds=sum(snapshot.waited for _, snapshot in snapshots),
+                copied_bytes=sum(snapshot.rows_copied * rows.row_bytes for rows, snapshot in snapshots),
                 **figures,
             )
 
@@ -223,6 +220,8 @@ class Checkpoint:
     ) -> CacheState:
         """After a restore, a cache that holds rows which the saved one held, for `LookAhead.start` or `jc.on_demand`.
 
+        It is filled from the store as that is now.
+
         Args:
             slots: as for `jc.init`; by default as many as were saved. If they are fewer than the rows that the saved
                 cache held, those that were looked up most while they were in it.
@@ -232,7 +231,7 @@ class Checkpoint:
             A `CacheState` on the default device, empty if no cache was saved.
 
         Raises:
-            RuntimeError: before `restore`, or if the store was changed since.
+            RuntimeError: before `restore`, or if another cache holds newer rows than the store.
             ValueError: for slots that are no such number, or none where no cache was saved.
         """
         if self._restored is None:
@@ -240,8 +239,7 @@ class Checkpoint:
                 "cache() is for after a restore, checkpointer.load_checkpointables(step, dict(tables=checkpoint))"
             )
         store, saved = self.store, self._restored
-        if store.behind or store.loaded or store.exchanged != store.step or store.step != saved.step:
-            raise RuntimeError("the store was trained or loaded since the restore: the cache of its checkpoint is old")
+        store.refuse_behind("read")
         slots = saved.slots if slots is None else slots
         if slots is None:
             raise ValueError(f"no cache was saved in {saved.path}: give a number of slots, or start() with none")
@@ -253,6 +251,7 @@ class Checkpoint:
             padded_counts = np.zeros(state.slots, np.int32)
             padded_counts[: len(counts)] = counts
             groups.append(dataclasses.replace(state, counts=jnp.asarray(padded_counts)))
+        store.loaded = False
         return dataclasses.replace(cache, groups=tuple(groups))
 
 

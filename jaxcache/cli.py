@@ -10,8 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jaxcache import kernels
+from jaxcache.inspection import describe_checkpoint, format_checkpoint
+from jaxcache.saved_tables import SavedTables
 from jaxcache.simulate import POLICIES, UNBOUNDED, check_plot_name, describe, format_table, plot, simulate, size
 from jaxcache.traces import FORMATS, Trace, load_trace
 
@@ -37,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     text = "what each policy fetches for a trace, at each capacity, found by the planner itself"
-    add = _command(commands, "simulate", _simulate, text)
+    add = _trace_command(commands, "simulate", _simulate, text)
     add("--capacity", nargs="+", required=True, type=_capacities, metavar="C", help="rows, or shares such as 5%%")
     add("--policy", nargs="+", type=_words, metavar="P", help=f"of {', '.join(POLICIES)}; all by default")
     add("--windows", nargs="+", type=_windows, metavar="N", help="look ahead so many batches as well, such as 2 8 32")
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the records")
 
     text = "the smallest slots and window that keep the step fed, for a budget of memory or bandwidth"
-    add = _command(commands, "size", _size, text)
+    add = _trace_command(commands, "size", _size, text)
     add("--row-bytes", required=True, type=_positive, metavar="N", help="bytes of a row with its optimizer state")
     add("--device-memory", type=quantity("B"), metavar="BYTES", help="for the cache, such as 4GB or 4GiB")
     add("--bandwidth", type=quantity("B/s"), metavar="RATE", help="of the link, both ways together, such as 20GB/s")
@@ -56,18 +59,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the answer and the curve")
 
     text = "which backend gathers, updates and exchanges rows on this machine's device, and why"
-    command = commands.add_parser("kernels", help=text, description=text.capitalize() + ".", allow_abbrev=False)
-    command.set_defaults(run=_kernels)
+    add = _command(commands, "kernels", _kernels, text)
     text = "as LookAhead(backends=...) takes it, such as gather=mosaic,update=xla"
-    command.add_argument("--backends", metavar="B", help=text)
+    add("--backends", metavar="B", help=text)
+
+    text = "what a checkpoint of tables holds: tables, rows touched, optimizer, cache, sizes"
+    add = _command(commands, "inspect", _inspect, text)
+    add("checkpoint", metavar="CKPT", help="folder of a step, or of the tables in it")
+    add("--json", type=Path, metavar="FILE", help="write the description")
+
+    text = "the weights of a table in a checkpoint as a .npy file, for serving"
+    add = _command(commands, "export", _export, text)
+    add("checkpoint", metavar="CKPT", help="folder of a step, or of the tables in it")
+    add("--table", required=True, metavar="T", help="name of the table")
+    add("--rows", type=_range, default=(0, None), metavar="A:B", help="ids from A to B - 1; all by default")
+    add("--output", type=Path, metavar="FILE", help="replaced once the new one is complete; T.npy")
     return parser
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Callable[..., Any]:
-    """A command with the arguments that all have which read a trace; returns what adds one more."""
-    command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    """A command without arguments; returns what adds one."""
+    description = text[0].upper() + text[1:] + "."
+    command = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
     command.set_defaults(run=run)
-    add = command.add_argument
+    return command.add_argument
+
+
+def _trace_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Callable[..., Any]:
+    """A command with the arguments that all have which read a trace; returns what adds one more."""
+    add = _command(commands, name, run, text)
     ends = "; ".join(f"{kind}: {' '.join(ends)}" for kind, ends in FORMATS.items())
     add("trace", type=Path, help=f"file with the ids ({ends})")
     add("--batch-size", required=True, type=_positive, metavar="B", help="samples of a batch")
@@ -148,6 +168,27 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        _check_folder(arguments.json)
+    about = describe_checkpoint(SavedTables(arguments.checkpoint))
+    print(format_checkpoint(about))
+    if arguments.json:
+        _write_json(arguments.json, about)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    path = arguments.output or Path(quote(arguments.table, safe="") + ".npy")
+    _check_folder(path)
+    saved = SavedTables(arguments.checkpoint)
+    if arguments.table not in saved:
+        raise ValueError(f"--table: no table named {arguments.table!r}: checkpoint {saved.path} has {', '.join(saved)}")
+    size = saved[arguments.table].save(path, *arguments.rows)
+    print(f"table {arguments.table!r} as of step {saved.step:,} -> {path}, {size:,} bytes")
+    return 0
+
+
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -188,6 +229,13 @@ def _capacities(text: str) -> list[int | str]:
         if not re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+%", word):
             raise argparse.ArgumentTypeError(f"expected rows or a share such as 1.5%, got {word!r}")
     return [word if word.endswith("%") else int(word) for word in _words(text)]
+
+
+def _range(text: str) -> tuple[int, int | None]:
+    found = re.fullmatch("([0-9]*):([0-9]*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected ids A:B, such as 0:1000, got {text!r}")
+    return int(found[1] or 0), int(found[2]) if found[2] else None
 
 
 _UNITS = {

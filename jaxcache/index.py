@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ def discard_stale(compiled_version: Any, module: str) -> None:
                 path.unlink()
 
 
-def empty(capacity: int) -> np.ndarray:
-    """Cells that hold at least `capacity` keys while half full."""
+def empty(capacity: int, zeros: Callable[[tuple[int, int], Any], np.ndarray] = np.zeros) -> np.ndarray:
+    """Cells that hold at least `capacity` keys while half full, made by `zeros`."""
     size = 16
     while size < 2 * capacity:
         size *= 2
-    return np.zeros((size, 2), np.int64)
+    return zeros((size, 2), np.int64)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -142,6 +143,8 @@ def rehash(cells, larger):
 def find_all(cells, keys, out):
     """Sets `out` to the values of `keys`, ABSENT where there is none."""
     for i in range(keys.shape[0]):
+        if i + 16 < keys.shape[0]:
+            prefetch(cells, home(cells, keys[i + 16]))
         out[i] = find(cells, keys[i])
 
 
@@ -158,10 +161,12 @@ def find_or_insert_all(cells, keys, used, out):
     return used
 
 
-def reserve(cells: np.ndarray, capacity: int) -> np.ndarray:
-    """`cells`, or a larger copy where these do not hold `capacity` keys while half full."""
+def reserve(
+    cells: np.ndarray, capacity: int, zeros: Callable[[tuple[int, int], Any], np.ndarray] = np.zeros
+) -> np.ndarray:
+    """`cells`, or a larger copy, made by `zeros`, where these do not hold `capacity` keys while half full."""
     if 2 * capacity <= cells.shape[0]:
         return cells
-    larger = empty(capacity)
+    larger = empty(capacity, zeros)
     rehash(cells, larger)
     return larger

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -234,3 +234,19 @@ class Report:
             for name, stage in self.stages.items()
         ]
         return "\n".join(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: tuple[int, ...] = ()) -> str:
+    """Lines of cells as text, those of the columns `left` to the left.
+
+    Columns are as wide as the cells of the lines that have all of them.
+    """
+    whole = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ).rstrip()
+        for line in lines
+    )

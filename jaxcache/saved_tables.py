@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from jaxcache.npy import write_weights
 from jaxcache.optimizers import Rows
 from jaxcache.snapshots import Snapshot
 from jaxcache.store import HostStore, RowStore
@@ -36,6 +37,7 @@ HELD = "cache"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not committed
 _CHUNK_BYTES = 2**23  # of the widest array, in a file of its own
 _IN_FLIGHT = 2  # chunks that are on their way to or from the disk
+_SAVED_WEIGHTS = 2**22  # put into a file at a time, more than a chunk holds: each is read once or twice
 _SAID_AS = {"rows": "number of rows", "state": "optimizer's state", "scalars": "optimizer's counts"}
 _INITIALIZERS = {"uniform": uniform, "normal": normal}
 
@@ -97,9 +99,9 @@ class _Arrays:
         pairs = zip(self._opened, parts, strict=True)
         return [array[start : start + len(part)].write(part) for array, part in pairs]
 
-    def read(self, start: int, stop: int, ids_alone: bool = False) -> list[Any]:
-        """Starts to read rows; returns what to `wait` for."""
-        return [array[start:stop].read() for array in self._opened[: 1 if ids_alone else None]]
+    def read(self, start: int, stop: int, leaves: int | None = None) -> list[Any]:
+        """Starts to read rows, of the first so many leaves if given; returns what to `wait` for."""
+        return [array[start:stop].read() for array in self._opened[:leaves]]
 
     def wait(self, futures: Sequence[Any]) -> list[Any]:
         """The results of `write` or `read`."""
@@ -382,6 +384,8 @@ def _checksum(manifest: Mapping[str, Any]) -> int:
 
 def encode_loader_state(state: Any) -> Any:
     """A loader's state for the manifest, such that it comes back equal. Raises TypeError for what cannot be kept."""
+    if state is None:
+        return None
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     return {"json": _encode(state)}
@@ -475,10 +479,11 @@ class SavedTable:
                 found.append((arrays, about["first_ids"]))
         return found
 
-    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[np.ndarray, Rows]]:
+    def chunks(self, start: int = 0, stop: int | None = None, state: bool = True) -> Iterator[tuple[np.ndarray, Rows]]:
         """The rows that were written, of ids from `start` to `stop`: `int64[N]` ids and `Rows`, some at a time.
 
-        Those of an incremental checkpoint come after those that they take the place of.
+        Those of an incremental checkpoint come after those that they take the place of. Without `state` the weights
+        alone are read.
         """
         stop = self.shape[0] if stop is None else stop
         for arrays, first_ids in self._arrays:
@@ -487,12 +492,13 @@ class SavedTable:
             for chunk in range(first, last + _IN_FLIGHT):
                 if chunk < last:
                     begin = chunk * arrays.chunk_rows
-                    in_flight.append(arrays.read(begin, min(begin + arrays.chunk_rows, arrays.rows)))
+                    end = min(begin + arrays.chunk_rows, arrays.rows)
+                    in_flight.append(arrays.read(begin, end, None if state else 2))
                 if in_flight and (len(in_flight) > _IN_FLIGHT or chunk >= last):
-                    ids, weights, *state = arrays.wait(in_flight.popleft())
+                    ids, weights, *rest = arrays.wait(in_flight.popleft())
                     low, high = np.searchsorted(ids, [start, stop])
                     if low < high:
-                        yield ids[low:high], Rows(weights[low:high], tuple(leaf[low:high] for leaf in state))
+                        yield ids[low:high], Rows(weights[low:high], tuple(leaf[low:high] for leaf in rest))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """The weights of a range of rows, those that were never written included: `[N, dim]`."""
@@ -504,13 +510,46 @@ class SavedTable:
         stop = max(start, stop)
         weights = np.empty((stop - start, self.shape[1]), self.dtype)
         written = np.zeros(stop - start, bool)
-        for ids, found in self.chunks(start, stop):
+        for ids, found in self.chunks(start, stop, state=False):
             weights[ids - start], written[ids - start] = found.weights, True
         if len(untouched := np.flatnonzero(~written)):
             weights[untouched] = self._initial_weights(untouched + start).astype(self.dtype)
         return weights
 
+    def save(self, path: str | os.PathLike, start: int = 0, stop: int | None = None) -> int:
+        """Writes the weights of a range of rows to a `.npy` file, as `HostStore.save` does for a table in memory.
+
+        Rows that were never written are in it with their initial weights. Some rows are in memory at a time.
+
+        Args:
+            path: of the file. One of that name is replaced once the new one is complete.
+            start: the first id.
+            stop: the id behind the last one; all by default.
+
+        Returns:
+            The bytes of the weights. Bfloat16, which such files do not know, is written as float32.
+
+        Raises:
+            ValueError: for a range that is empty or not within the table, or where initial weights are needed and the
+                initializer is neither ours nor was given.
+            OSError: if the disk has no room for the file, it cannot be written, or the checkpoint is damaged.
+        """
+        rows, dim = self.shape
+        stop = rows if stop is None else stop
+        if not 0 <= start < stop <= rows:
+            found = "none" if start >= min(stop, rows) else "not all"
+            raise ValueError(f"table {self.name!r} has rows 0 to {rows - 1}, and {found} of {start}:{stop}")
+        if stop - start > self.rows_written:
+            self._initializer()  # which may fail: before anything is written
+        step = max(1, _SAVED_WEIGHTS // dim)
+        parts = (self[begin : min(begin + step, stop)] for begin in range(start, stop, step))
+        return write_weights(path, f"table {self.name!r}", (stop - start, dim), self.dtype, parts)
+
     def _initial_weights(self, ids: np.ndarray) -> np.ndarray:
+        group = Group.stack({self.name: Table(*self.shape, initializer=self._initializer())})
+        return group.initial_weights(self._saved.seed, ids)
+
+    def _initializer(self) -> Initializer:
         description = self._about["initializer"]
         initializer = self._saved.initializers.get(self.name) or _known_initializer(description)
         if initializer is None:
@@ -518,8 +557,7 @@ class SavedTable:
                 f"table {self.name!r} of checkpoint {self._saved.path} has rows that were never written, whose weights "
                 f"come from {description}: give it, SavedTables(path, initializers={{{self.name!r}: ...}})"
             )
-        group = Group.stack({self.name: Table(*self.shape, initializer=initializer)})
-        return group.initial_weights(self._saved.seed, ids)
+        return initializer
 
 
 class SavedTables(Mapping[str, SavedTable]):

@@ -22,6 +22,7 @@ from jaxcache import policies as policies_
 from jaxcache.capacity import SLOT_BYTES, rows_of
 from jaxcache.planner import REMEMBERED_BATCHES, LookAheadPlanner, Window
 from jaxcache.policies import Policy
+from jaxcache.report import aligned
 from jaxcache.traces import Trace, load_trace
 
 POLICIES: Mapping[str, Callable[[Mapping[str, np.ndarray]], Policy]] = {
@@ -333,20 +334,7 @@ def format_table(records: Sequence[Record]) -> str:
         ]
         texts = ["" if value is None else form.format(value).replace("%", " %") for value, form in figures]
         lines.append([*start, record.policy, str(record.window), *texts])
-    return _aligned(lines, left=(0, 2))
-
-
-def _aligned(lines: Sequence[Sequence[str]], left: tuple[int, ...] = ()) -> str:
-    """Columns as wide as the cells of the lines that have all of them."""
-    whole = [line for line in lines if len(line) == len(lines[0])]
-    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=(0, 2))
 
 
 def plot(records: Sequence[Record], path: str | os.PathLike[str], title: str = "") -> None:
@@ -472,7 +460,7 @@ class Size:
             figures = (point.rows_fetched, point.rows_moved, point.rows_moved_high)
             lines.append([f"{point.slots:,}", f"{point.window:,}", *(f"{rows:,.1f}" for rows in figures)])
             lines[-1] += ["yes" if point.fits else "no"] * (self.rows_a_step is not None)
-        return "\n".join([*([_aligned(lines)] if self.curve else []), self.answer])
+        return "\n".join([*([aligned(lines)] if self.curve else []), self.answer])
 
 
 def size(

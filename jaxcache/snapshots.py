@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numba
 import numpy as np
@@ -16,8 +17,16 @@ from jaxcache.tables import Group
 if TYPE_CHECKING:
     from jaxcache.store import RowStore
 
-_BUCKETS = 2**16  # of keys, to find out where they are dense
+_BUCKET_BITS = 16  # of keys, which are counted in so many buckets to find out where they are dense
 _SORTED_KEYS = 2**23  # sorted at a time, 64 MiB
+
+
+@numba.njit(cache=True)
+def _compiled_version():
+    return index.VERSION
+
+
+index.discard_stale(_compiled_version, __name__)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -36,21 +45,22 @@ def _is_in(bits, position, written):
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(cells, bits, written, shift, bases, of_buckets, of_tables):
+def _count(cells, bits, written, first, shift, bases, of_buckets, of_tables):
     for cell in range(cells.shape[0]):
         if _is_in(bits, cells[cell, 1] - 1, written):
             key = np.uint64(cells[cell, 0])
-            of_buckets[key >> shift] += 1
-            of_tables[np.searchsorted(bases, key, side="right") - 1] += 1
+            if key >= first and (key - first) >> shift < np.uint64(of_buckets.shape[0]):
+                of_buckets[(key - first) >> shift] += 1
+                of_tables[np.searchsorted(bases, key, side="right") - 1] += 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _collect(cells, bits, written, shift, first, last, out):
+def _collect(cells, bits, written, first, last, out):
     count = 0
     for cell in range(cells.shape[0]):
         if _is_in(bits, cells[cell, 1] - 1, written):
             key = np.uint64(cells[cell, 0])
-            if first <= key >> shift and key >> shift <= last:
+            if first <= key and key <= last:
                 out[count] = key
                 count += 1
     return count
@@ -67,34 +77,39 @@ def _find_unread(keys, positions, bits, written, frontier, copied, out):
     return count
 
 
+class Part(NamedTuple):
+    """A range of keys, from `first` to `last`, with so many `rows` in it."""
+
+    first: int
+    last: int
+    rows: int
+
+
 class Snapshot:
     """The rows of a group that were written when it was taken, as they were, in order of tables and ids.
 
-    They are read once, from the first to the last. A row that is overwritten before it was read is copied first.
-    What it holds is O(copied rows), and a bit for each written row if it is of changed rows alone; it takes no time
-    that grows with the rows but to count them.
+    They are read once, from the first to the last. A row that is overwritten before it was read is copied first, into
+    a file without a name, whose memory the operating system takes back where it needs it. Beside that a snapshot holds
+    a bit for each written row if it is of changed rows alone, and it takes no time that grows with the rows but to
+    count them.
 
     Args:
         store: the rows. It holds the snapshot by a weak reference.
-        copies: an empty store of the same group, for rows that are overwritten.
+        folder: where copies lie.
         cells: the index of `store`, whose cells never change but for new rows.
         written: rows that `store` holds.
         bits: `uint8[M]`, a bit for each position in `store`: the rows it is of; of length 0 for all.
-        copied_bytes: most bytes of rows that are copied.
 
     Attributes:
-        waited: seconds that writers waited until rows were read, because there was no room for another copy.
-        copied_bytes: bytes of the rows that were copied.
-        begun: whether somebody is about to read it.
+        rows_copied: rows that were copied.
     """
 
-    def __init__(
-        self, store: RowStore, copies: RowStore, cells: np.ndarray, written: int, bits: np.ndarray, copied_bytes: int
-    ):
-        self._store, self._copies, self._cells, self._bits = store, copies, cells, bits
-        self._written, self._most_copied_bytes = written, copied_bytes
+    def __init__(self, store: RowStore, folder: str | os.PathLike, cells: np.ndarray, written: int, bits: np.ndarray):
+        self._store, self._folder, self._cells, self._bits = store, folder, cells, bits
+        self._written, self._copies = written, store.emptied()
         self._frontier: np.uint64 | None = np.uint64(0)  # the first key that was not read; None when it is closed
-        self.waited, self.copied_bytes, self.begun = 0.0, 0, False
+        self._failure: OSError | None = None
+        self.rows_copied = 0
 
     @property
     def group(self) -> Group:
@@ -106,50 +121,36 @@ class Snapshot:
         """Whether it lets go of the rows."""
         return self._frontier is None
 
-    def begin(self) -> None:
-        """Notes that it is about to be read: from now on writers wait for it as long as that takes.
-
-        Raises:
-            RuntimeError: if it was given up, because nobody did so for too long.
-        """
-        with self._store.lock:
-            if self.closed:
-                raise RuntimeError(
-                    f"the save of {', '.join(self.group.names)} was given up: training waited {self.waited:.0f} s for "
-                    "its first row to be written, and went on; save again"
-                )
-            self.begun = True
-
-    def count(self) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    def count(self) -> tuple[np.ndarray, list[Part]]:
         """Counts the rows.
 
         Returns:
-            Those of each table, `int64[tables]`, and parts of the keys in order, `(first, last, rows)` each, whose rows
-            fit into memory: key ranges by their upper bits.
+            Those of each table, `int64[tables]`; and parts of the keys, in order, each of which fits into memory.
         """
-        of_buckets, of_tables = np.zeros(_BUCKETS, np.int64), np.zeros(len(self.group.tables), np.int64)
-        _count(self._cells, self._bits, self._written, self._shift, self.group.bases, of_buckets, of_tables)
-        most, parts = max(_SORTED_KEYS, self._written // 64), list[tuple[int, int, int]]()
-        for bucket in np.flatnonzero(of_buckets).tolist():
-            rows = int(of_buckets[bucket])
-            if parts and parts[-1][2] + rows <= most:
-                parts[-1] = (parts[-1][0], bucket, parts[-1][2] + rows)
-            else:
-                parts.append((bucket, bucket, rows))
-        return of_tables, parts
+        width = max((self.group.rows - 1).bit_length() - _BUCKET_BITS, 0)
+        return self._count(self._bits, 0, width)
 
     def count_written(self) -> np.ndarray:
         """The rows of each table that had been written, `int64[tables]`, whether or not it is of changed rows alone."""
-        of_buckets, of_tables = np.zeros(_BUCKETS, np.int64), np.zeros(len(self.group.tables), np.int64)
-        every = np.zeros(0, np.uint8)
-        _count(self._cells, every, self._written, self._shift, self.group.bases, of_buckets, of_tables)
-        return of_tables
+        return self._count(np.zeros(0, np.uint8), 0, 64 - _BUCKET_BITS)[0]
 
-    @property
-    def _shift(self) -> np.uint64:
-        return np.uint64(max((self.group.rows - 1).bit_length() - (_BUCKETS.bit_length() - 1), 0))
+    def _count(self, bits: np.ndarray, first: int, shift: int) -> tuple[np.ndarray, list[Part]]:
+        """The same from key `first` on, by buckets of `2**shift` keys."""
+        of_buckets, of_tables = np.zeros(1 << _BUCKET_BITS, np.int64), np.zeros(len(self.group.tables), np.int64)
+        bases = self.group.bases
+        _count(self._cells, bits, self._written, np.uint64(first), np.uint64(shift), bases, of_buckets, of_tables)
+        most, parts = max(_SORTED_KEYS, self._written // 64), list[Part]()
+        for bucket in np.flatnonzero(of_buckets).tolist():
+            rows, start = int(of_buckets[bucket]), first + (bucket << shift)
+            if rows > most and shift >= _BUCKET_BITS:
+                parts += self._count(bits, start, shift - _BUCKET_BITS)[1]
+            elif parts and parts[-1].rows + rows <= most:
+                parts[-1] = Part(parts[-1].first, start + (1 << shift) - 1, parts[-1].rows + rows)
+            else:
+                parts.append(Part(start, start + (1 << shift) - 1, rows))
+        return of_tables, parts
 
-    def keys(self, parts: list[tuple[int, int, int]], chunk_rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def keys(self, parts: Sequence[Part], chunk_rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The keys in order, of one table at a time, in chunks of `chunk_rows` of it, the last one shorter.
 
         Args:
@@ -162,8 +163,7 @@ class Snapshot:
         rest, current = np.zeros(0, np.uint64), 0
         for first, last, count in parts:
             found = np.empty(count, np.uint64)
-            shift = self._shift
-            _collect(self._cells, self._bits, self._written, shift, np.uint64(first), np.uint64(last), found)
+            _collect(self._cells, self._bits, self._written, np.uint64(first), np.uint64(last), found)
             found.sort()
             bounds = np.searchsorted(found, self.group.bases[1:])
             for table, keys in enumerate(np.split(found, bounds)):
@@ -182,8 +182,17 @@ class Snapshot:
             yield current, rest.view(np.int64)
 
     def read(self, keys: np.ndarray) -> Rows:
-        """The rows at `keys` (`int64[N]`), the next ones, as they were."""
+        """The rows at `keys` (`int64[N]`), the next ones, as they were.
+
+        Raises:
+            OSError: if one was overwritten and there was no room to copy it.
+        """
         with self._store.lock:
+            if self._failure is not None:
+                raise OSError(
+                    f"rows of {', '.join(self.group.names)} were written while they were saved, and there was no room "
+                    f"in {self._folder} to copy what they were: {self._failure}"
+                ) from self._failure
             rows = self._store.read(keys)
             positions = np.empty(len(keys), np.int64)
             index.find_all(self._copies.cells, keys, positions)
@@ -192,31 +201,32 @@ class Snapshot:
                 for leaf, old_leaf in zip((rows.weights, *rows.state), (old.weights, *old.state), strict=True):
                     leaf[copied] = old_leaf
             self._frontier = keys[-1:].view(np.uint64)[0] + np.uint64(1)
-            self._store.lock.notify_all()
         return rows
 
-    def copy(self, keys: np.ndarray, positions: np.ndarray) -> bool:
+    def copy(self, keys: np.ndarray, positions: np.ndarray) -> None:
         """Copies those rows at `keys` (`int64[N]`) and `positions`, about to be overwritten, that are yet to be read.
 
-        Called under the store's lock. Returns False, with nothing done, where there is no room.
+        Called under the store's lock. Where there is no room the snapshot is lost, which `read` tells: the writer goes
+        on.
         """
         if self._frontier is None:
-            return True
+            return
         unread = np.empty(len(keys), np.int64)
         count = _find_unread(keys, positions, self._bits, self._written, self._frontier, self._copies.cells, unread)
         if not count:
-            return True
-        copied_bytes = self.copied_bytes + count * self._copies.row_bytes
-        if self.copied_bytes and copied_bytes > self._most_copied_bytes:
-            return False
+            return
         old = keys[unread[:count]]
-        self._copies.write(old, self._store.read(old))
-        self.copied_bytes = copied_bytes
-        return True
+        try:
+            if not self.rows_copied:
+                self._copies = self._store.emptied(self._folder)
+            self._copies.write(old, self._store.read(old))
+        except OSError as error:
+            self.close()
+            self._failure = error
+        else:
+            self.rows_copied += count
 
     def close(self) -> None:
         """Lets go of the rows: nothing is copied any more."""
         with self._store.lock:
-            self._frontier = None
-            self._copies = self._copies.emptied()
-            self._store.lock.notify_all()
+            self._frontier, self._copies = None, self._store.emptied()

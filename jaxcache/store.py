@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
+import math
 import operator
 import os
-import shutil
+import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -21,14 +21,13 @@ import optax
 
 from jaxcache import index
 from jaxcache.index import ABSENT
+from jaxcache.npy import write_weights
 from jaxcache.optimizers import RowOptimizer, Rows
 from jaxcache.snapshots import Snapshot, set_bits
 from jaxcache.tables import Group, Table, check_ids, check_tables, stackable
 from jaxcache.transfers import Transfers
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_POLL_SECONDS = 0.1  # how often a writer that waits for a snapshot looks whether it is still there
-_PATIENCE_SECONDS = 30.0  # how long it waits for one that nobody has begun to read
 _REMEMBERED_SNAPSHOTS = 8  # since which it is known what was written
 _CHUNK = 2**20  # weights that are loaded or saved at a time: 4 MiB in float32
 
@@ -38,6 +37,19 @@ def _put(table, positions, rows):
     for i in range(positions.shape[0]):
         for j in range(table.shape[1]):
             table[positions[i], j] = rows[i, j]
+
+
+def _zeros_in_file(folder: str | os.PathLike[str], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in a file without a name. Raises OSError if there is no room for it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # or a write to a full disk would end the process
+        else:
+            file.truncate(size)
+        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
 
 def _with_room(bits: np.ndarray, count: int) -> np.ndarray:
@@ -60,6 +72,7 @@ class RowStore:
         group: the tables.
         optimizer: what it keeps for a row is stored with the row.
         seed: seeds the initial weights.
+        folder: rows and index lie in files of it that have no name, and vanish with the store; None for memory.
 
     Attributes:
         group: the tables.
@@ -76,13 +89,19 @@ class RowStore:
     ((2, 2), [(2, 2)], 0)
     """
 
-    def __init__(self, group: Group, optimizer: RowOptimizer, seed: int = 0):
+    def __init__(
+        self, group: Group, optimizer: RowOptimizer, seed: int = 0, *, folder: str | os.PathLike | None = None
+    ):
         self.group = group
         self.optimizer = optimizer
         self.seed = operator.index(seed)
         self.scalars = optimizer.scalars
-        self.lock = threading.Condition()
-        self.cells = index.empty(1024)
+        self.lock = threading.RLock()
+        self._zeros: Callable[..., np.ndarray] = np.zeros
+        self._empty: Callable[..., np.ndarray] = np.empty
+        if folder is not None:
+            self._zeros = self._empty = partial(_zeros_in_file, folder)
+        self.cells = index.empty(1024, self._zeros)
         self._written = 0
         self._rows = self.allocate(0)
         self._snapshots: list[weakref.ref[Snapshot]] = []
@@ -171,8 +190,8 @@ class RowStore:
         positions = np.empty(len(keys), np.int64)
         with self.lock:
             index.find_all(self.cells, keys, positions)
-            while self._snapshots and not self._copied(keys, positions):
-                self._wait_for_snapshots()
+            if self._snapshots:
+                self._copy_for_snapshots(keys, positions)
             absent = int(np.count_nonzero(positions == ABSENT))
             if absent:
                 self._reserve(self._written + absent)
@@ -208,13 +227,13 @@ class RowStore:
         for start, stop in _spans(self.group.tables[table]):
             yield self.read(self._keys(table, start, stop)).weights
 
-    def snapshot(self, mark: str, since: str | None, copied_bytes: int) -> Snapshot:
+    def snapshot(self, mark: str, since: str | None, folder: str | os.PathLike) -> Snapshot:
         """The written rows as they are now, to be read while others are written.
 
         Args:
             mark: stands for this moment.
             since: the mark of an earlier snapshot, one of `marks`: only rows written since then; None for all.
-            copied_bytes: most bytes of rows that are copied because they are overwritten before they were read.
+            folder: where copies lie of rows that are overwritten before they were read.
         """
         with self.lock:
             bits = np.zeros(0, np.uint8)
@@ -223,7 +242,7 @@ class RowStore:
                 bits = np.zeros(max(len(self._changed[name]) for name in later) or 1, np.uint8)
                 for name in later:
                     bits[: len(self._changed[name])] |= self._changed[name]
-            snapshot = Snapshot(self, self.emptied(), self.cells, self._written, bits, copied_bytes)
+            snapshot = Snapshot(self, folder, self.cells, self._written, bits)
             self._snapshots.append(weakref.ref(snapshot))
             self._changed[mark] = np.zeros(0, np.uint8)
             for old in list(self._changed)[:-_REMEMBERED_SNAPSHOTS]:
@@ -247,33 +266,22 @@ class RowStore:
         """Whether a snapshot is being read."""
         return any(snapshot is not None and not snapshot.closed for snapshot in (ref() for ref in self._snapshots))
 
-    def emptied(self) -> RowStore:
+    def emptied(self, folder: str | os.PathLike | None = None) -> RowStore:
         """A store of the same group without rows."""
-        return RowStore(self.group, self.optimizer, self.seed)
+        return RowStore(self.group, self.optimizer, self.seed, folder=folder)
 
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows in all; memory is not touched before rows are written."""
         with self.lock:
             self._reserve(count)
 
-    def _copied(self, keys: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether snapshots have copied what they need of rows that are about to be overwritten."""
+    def _copy_for_snapshots(self, keys: np.ndarray, positions: np.ndarray) -> None:
+        """Has snapshots copy what they need of rows that are about to be overwritten."""
         snapshots = [(ref, ref()) for ref in self._snapshots]
         self._snapshots = [ref for ref, snapshot in snapshots if snapshot is not None and not snapshot.closed]
-        return all([snapshot.copy(keys, positions) for _, snapshot in snapshots if snapshot is not None])
-
-    def _wait_for_snapshots(self) -> None:
-        """Waits until one of them was read further, was closed, or may be gone.
-
-        One that nobody begins to read is given up: where Orbax fails before it comes to the tables, it tells them
-        nothing, and training would wait for ever.
-        """
-        started = time.perf_counter()
-        self.lock.wait(_POLL_SECONDS)
-        for snapshot in filter(None, (ref() for ref in self._snapshots)):
-            snapshot.waited += time.perf_counter() - started
-            if not snapshot.begun and snapshot.waited > _PATIENCE_SECONDS:
-                snapshot.close()
+        for _, snapshot in snapshots:
+            if snapshot is not None:
+                snapshot.copy(keys, positions)
 
     def _keys(self, table: int, start: int, stop: int) -> np.ndarray:
         return self.group.keys(table, np.arange(start, stop))
@@ -285,21 +293,21 @@ class RowStore:
     def _leaves(self, rows: Rows) -> tuple[np.ndarray, ...]:
         return (rows.weights, *rows.state)
 
-    def allocate(self, count: int) -> Rows:
-        """New rows of any content."""
+    def allocate(self, count: int, empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty) -> Rows:
+        """New rows of any content, in arrays made by `empty`."""
         return Rows(
-            np.empty((count, self.group.dim), self.group.dtype),
-            tuple(np.empty((count, *leaf.shape), leaf.dtype) for leaf in self.optimizer.row_shapes),
+            empty((count, self.group.dim), self.group.dtype),
+            tuple(empty((count, *leaf.shape), leaf.dtype) for leaf in self.optimizer.row_shapes),
         )
 
     def _reserve(self, count: int) -> None:
         """Grows the arrays of written rows to hold `count`, by doubling: memory is not touched before it is written."""
         if count > len(self._rows.weights):
-            larger = self.allocate(min(max(count, 2 * self._written, 1024), self.group.rows))
+            larger = self.allocate(min(max(count, 2 * self._written, 1024), self.group.rows), self._empty)
             for new, old in zip(self._leaves(larger), self._leaves(self._rows), strict=True):
                 new[: self._written] = old[: self._written]
             self._rows = larger
-        self.cells = index.reserve(self.cells, count)
+        self.cells = index.reserve(self.cells, count, self._zeros)
 
 
 class HostStore:
@@ -326,7 +334,7 @@ class HostStore:
         step: updates done as of the last flush.
         exchanged: exchanges whose victims are home: the newest cache has made as many.
         unwritten: what kept victims from being written, until a later `flush` has written them.
-        loaded: whether rows were loaded since the last exchange: caches that were filled before are stale.
+        loaded: whether rows were loaded or restored since the last exchange: caches that were filled before are stale.
         transfers: what serves the programs that call `admit`.
 
     In `with store:`, on the main thread, Ctrl-C costs no cache that a program with `admit` was given: it takes effect
@@ -499,24 +507,12 @@ class HostStore:
         group, position = self.locate(table)
         self.refuse_behind("saved")
         shape = (int(self.tables[table].rows), int(self.tables[table].dim))
-        dtype = np.dtype(np.float32) if group.group.dtype == _BFLOAT16 else group.group.dtype
-        path = Path(path)
-        size, free = shape[0] * shape[1] * dtype.itemsize, shutil.disk_usage(path.parent).free
-        if size > free:
-            raise OSError(errno.ENOSPC, f"table {table!r} takes {size:,} bytes, {free:,} are free for", str(path))
-        partial = path.with_name(path.name + ".part")
-        try:
-            with open(partial, "wb") as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for weights in group.chunks(position):
-                    file.write(weights.astype(dtype, copy=False).data)
-                file.flush()
-                os.fsync(file.fileno())
+
+        def parts() -> Iterator[np.ndarray]:
+            yield from group.chunks(position)
             self.refuse_behind("saved")  # training that began meanwhile, in another thread
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        write_weights(path, f"table {table!r}", shape, group.group.dtype, parts())
 
     def refuse_behind(self, done: str) -> None:
         """Raises RuntimeError if a cache holds newer rows: the store must not be `done`."""
@@ -579,7 +575,7 @@ class HostStore:
             for group, read in zip(self.groups, groups, strict=True):
                 group.replace(read, mark)
             self.step = self.exchanged = step
-            self.unwritten, self.loaded, self._behind = None, False, False
+            self.unwritten, self.loaded, self._behind = None, True, False
 
     def catch_up(self, scalars: tuple[tuple[np.ndarray, ...], ...], step: int) -> None:
         """Notes that every row is here as of `step`, with the scalars of each group's optimizer."""

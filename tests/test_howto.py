@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -14,6 +16,7 @@ import optax
 import pytest
 
 import jaxcache as jc
+from jaxcache import cli
 
 BATCH, STEPS, ITEMS = 32, 30, 100  # of the log for the page on tables
 GUIDES = Path(__file__).resolve().parents[1] / "docs" / "howto"
@@ -209,3 +212,118 @@ def test_the_guide_to_training_inside_jit_runs(capsys):
     assert scope["store"].step == 401 and scope["memory"].step == 50
     printed = capsys.readouterr().out
     assert "200 calls of admit, policy lru" in printed and "item' has id 20000" in printed
+
+
+# ---- checkpoint.md --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The page's model, importable as the scripts import it, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("model")
+    run("checkpoint.md", "model", module.__dict__)
+    monkeypatch.setitem(sys.modules, "model", module)
+    return module
+
+
+class Killed(Exception):
+    pass
+
+
+def check_resumed(name: str, model, steps: int, killed: int) -> dict:
+    """Runs a script that is killed in the step after so many, runs it again, and compares with one that was not killed.
+
+    Losses, rows, and their state, bit for bit. Returns what the second run left.
+    """
+    step, steps_made = model.train_step, itertools.count()
+
+    def killed_step(*arguments):
+        if next(steps_made) == killed:
+            raise Killed
+        return step(*arguments)
+
+    scopes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "train_step", killed_step)
+        with pytest.raises(Killed):
+            run("checkpoint.md", name, {"__name__": "script"})
+    scopes.append(run("checkpoint.md", name, {"__name__": "script"}))
+    with pytest.MonkeyPatch.context() as patch:
+        Path("elsewhere").mkdir()
+        patch.chdir("elsewhere")
+        scopes.append(run("checkpoint.md", name, {"__name__": "script"}))
+    resumed, whole = scopes
+    assert whole["store"].step == resumed["store"].step == len(whole["losses"]) == steps
+    assert killed - 50 <= steps - len(resumed["losses"]) < killed
+    assert np.array(whole["losses"][-len(resumed["losses"]) :]).tobytes() == np.array(resumed["losses"]).tobytes()
+    for table in whole["store"].tables:
+        every = np.arange(whole["store"].tables[table].rows)
+        for read in (jc.HostStore.rows, jc.HostStore.row_state):
+            found, expected = (jax.tree.leaves(read(scope["store"], table, every)) for scope in scopes)
+            assert [leaf.tobytes() for leaf in found] == [leaf.tobytes() for leaf in expected]
+    assert np.mean(whole["losses"][-20:]) < np.mean(whole["losses"][:20]) - 0.005
+    return resumed
+
+
+def test_the_loop_of_the_page_resumes_and_what_reads_its_checkpoints(model, capsys, monkeypatch):
+    scope = check_resumed("train", model, steps=200, killed=120)
+    assert capsys.readouterr().out == "resumed from step 100\n"
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["150", "200"]
+
+    monkeypatch.chdir("elsewhere")  # the run that was not killed: after a resume a cache holds other rows
+    page = (GUIDES / "checkpoint.md").read_text()
+    pairs = re.findall(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(pairs) == 2
+    for commands, shown in pairs:
+        for line in commands.splitlines():
+            assert cli.main(shlex.split(line)[1:]) == 0
+        # The size of files that Orbax and TensorStore add is theirs.
+        assert re.sub("disk: .*", "disk:", capsys.readouterr().out) == re.sub("disk: .*", "disk:", shown)
+
+    store = scope["store"]
+    read = run("checkpoint.md", "elsewhere", {})
+    np.testing.assert_array_equal(np.load("item.npy"), store.rows("item", np.arange(20_000)))
+    np.testing.assert_array_equal(np.load("part.npy"), store.rows("user", np.arange(10_000)))
+    np.testing.assert_array_equal(read["some"], store.rows("item", np.arange(1_000, 2_000)))
+    np.testing.assert_array_equal(read["table"], store.rows("user", np.arange(50_000)))
+    np.testing.assert_array_equal(read["store"].rows("item", np.arange(20_000)), store.rows("item", np.arange(20_000)))
+    assert read["names"] == ("0.accumulator",) and len(read["row_ids"]) > 100
+    np.testing.assert_array_equal(read["rows"].state[0], store.row_state("item", read["row_ids"])[0])
+
+    tables = jc.Checkpoint(model.make_store())
+    tables.restore(Path("runs/200"))
+    assert tables.cache(slots="5%").slots == (3500,)
+    folder = Path("../runs/201/tables").resolve()
+    folder.mkdir(parents=True)
+    tables = run("checkpoint.md", "incremental", scope | {"step": 201})["tables"]
+    tables.begin_save(folder)(folder)
+    assert tables.figures.incremental and tables.figures.rows == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manager", "grain"])
+def test_other_loops_of_the_page_resume(name, model):
+    if name == "grain":
+        pytest.importorskip("grain")
+    check_resumed(name, model, steps=200, killed=120)
+
+
+@pytest.mark.slow
+def test_the_page_inside_jit_resumes(model, monkeypatch):
+    whole, batches = run("checkpoint.md", "on-demand", {"__name__": "script"}), model.batches
+    Path("jit-runs").rename("before")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        def killed(start, stop):
+            yield from batches(start, 30)
+            raise Killed
+
+        patch.setattr(model, "batches", killed)
+        run("checkpoint.md", "on-demand", {"__name__": "script"})
+    resumed = run("checkpoint.md", "on-demand", {"__name__": "script"})
+    assert len(resumed["losses"]) == 40
+    assert np.array(resumed["losses"]).tobytes() == np.array(whole["losses"][20:]).tobytes()
+    for table in ("user", "item"):
+        every = np.arange(model.ITEMS)
+        assert resumed["store"].rows(table, every).tobytes() == whole["store"].rows(table, every).tobytes()
