@@ -1,9 +1,11 @@
 """`Checkpoint` for Orbax's older API, the `CheckpointManager` of `orbax.checkpoint`; v1 needs nothing from here.
 
+```python
 from jaxcache import checkpoint_manager
 
 manager.save(step, args=ocp.args.Composite(tables=checkpoint_manager.Save(jc.Checkpoint(store, cache))))
 manager.restore(step, args=ocp.args.Composite(tables=checkpoint_manager.Restore(jc.Checkpoint(store))))
+```
 """
 
 from __future__ import annotations

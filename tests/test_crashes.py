@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import mmap
@@ -479,7 +480,7 @@ def test_a_loop_that_is_left_while_files_are_written_finishes_the_checkpoint(tmp
 
 
 @pytest.mark.parametrize("where", ["main thread", "event loop"])
-def test_training_goes_on_beside_files_that_are_written(tmp_path, slow_files, where):
+def test_training_goes_on_beside_slow_files(tmp_path, slow_files, where):
     store, states = make_store(), {}
 
     def between(ahead, cache, dense, step, loss):
@@ -499,15 +500,14 @@ def test_training_goes_on_beside_files_that_are_written(tmp_path, slow_files, wh
         else:
             train(store, make_loader(), between)
     assert_saved(tmp_path, 10, states[10])
-    figures = states["tables"].figures
-    assert figures.copied_bytes > 0
+    assert states["tables"].figures.copied_bytes > 0
     twin = make_store()
     train(twin, make_loader())
     found, expected = everything(store, {}), everything(twin, {})
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
-def test_callbacks_go_on_beside_files_that_are_written(tmp_path, slow_files):
+def test_callbacks_go_on_beside_slow_files(tmp_path, slow_files):
     """Victims of on-demand mode are written into the store from within a compiled program."""
     store = make_store()
 
@@ -529,6 +529,53 @@ def test_callbacks_go_on_beside_files_that_are_written(tmp_path, slow_files):
         jc.flush(cache, store)
     assert tables.figures.copied_bytes > 0
     assert_saved(tmp_path, 10, expected)
+
+
+def overwrite(store: jc.HostStore, value: float) -> None:
+    """Other weights in all rows, some at a time."""
+    for rows in store.groups:
+        for part in np.split(rows.group.keys(0, np.arange(100)), 20):
+            old = rows.read(part)
+            rows.write(part, old._replace(weights=np.full_like(old.weights, value)))
+
+
+def test_a_save_that_begins_late_holds_nobody_up_and_saves_what_was(tmp_path):
+    """Or never: where Orbax fails over something else after it has asked for the tables, it tells them nothing."""
+    store, other = make_store(), make_store()
+    overwrite(store, 1.0)
+    expected, tables = everything(store, {}), jc.Checkpoint(store)
+    write = tables.begin_save(tmp_path)
+    overwrite(store, 2.0)
+    write(tmp_path)
+    jc.Checkpoint(other).restore(tmp_path)
+    found = everything(other, {})
+    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+
+
+def test_a_full_disk_for_copies_ends_the_save_and_not_the_training(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store, folders = make_store(), [tmp_path / str(step) / "tables" for step in (1, 2, 3)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    overwrite(store, 1.0)
+    jc.Checkpoint(store).begin_save(folders[0])(folders[0])
+    overwrite(store, 2.0)
+    with monkeypatch.context() as full:
+        full.setattr("jaxcache.store._zeros_in_file", refuse)
+        tables = jc.Checkpoint(store, incremental=True)
+        write = tables.begin_save(folders[1])
+        overwrite(store, 3.0)
+    with pytest.raises(OSError, match="rows of user were written while they were saved, and there was no room"):
+        write(folders[1])
+    assert tables.figures is None and not any(folders[1].rglob("zarr.json"))
+    for step, value in ((1, 1.0), (3, 3.0)):
+        other, folder = make_store(), folders[step - 1]
+        if step == 3:
+            jc.Checkpoint(store, incremental=True).begin_save(folder)(folder)
+        jc.Checkpoint(other).restore(folder)
+        assert np.all(other.rows("item", np.arange(100)) == value)
 
 
 def test_a_checkpoint_whose_deletion_was_cut_short_is_no_base(tmp_path):
