@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import matrix_factorization
+from extent import long
 
 SMALL = ["--users", "300", "--items", "200", "--dim", "8", "--batch-size", "32", "--steps", "40"]
 SMALL += ["--steps-per-dispatch", "20"]
@@ -44,7 +45,7 @@ def test_a_small_run_writes_its_summary(cached, path):
     "flags",
     [
         ["--slots", "100%"],
-        pytest.param(["--slots", "25%", "--prefetch"], marks=pytest.mark.slow),
+        pytest.param(["--slots", "25%", "--prefetch"], marks=long("others move rows too")),
         pytest.param(["--slots", "25%", "--steps-per-dispatch", "40"], marks=pytest.mark.slow),
     ],
 )
@@ -125,6 +126,7 @@ def test_a_file_without_users_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@long("real clicks")
 def test_at_default_size_it_recommends():
     figures = matrix_factorization.main([])
     assert figures["table_bytes"] > 5 * figures["device_bytes"]

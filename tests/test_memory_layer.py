@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import memory_layer
+from extent import long
 from memory_layer import BEST, HEADS, WIDTH
 
 SMALL = ["--pairs", "50", "--sub-keys", "16", "--batch-size", "8", "--steps", "10", "--steps-per-dispatch", "5"]
@@ -43,7 +44,7 @@ def test_a_small_run_writes_its_summary(cached, path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--slots", "100%"], marks=pytest.mark.slow),
+        pytest.param(["--slots", "100%"], marks=[pytest.mark.slow, long("others move rows too")]),
         pytest.param(["--slots", "25%", "--policy", "lfu", "--prefetch"], marks=pytest.mark.slow),
     ],
 )
@@ -102,6 +103,7 @@ def test_bad_flags_are_one_line(arguments, text, capsys):
 
 
 @pytest.mark.slow
+@long("small runs")
 def test_at_default_size_the_memory_recalls_what_the_model_alone_cannot():
     figures = memory_layer.main([])
     assert figures["table_bytes"] > 5 * figures["device_bytes"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import jaxcache as jc
 import oracle
+from extent import examples
 from mixed import SAMPLES, Configuration, TableKind, configurations, feature_kinds, train
 
 # Twins
@@ -39,7 +40,7 @@ def check_twins(configuration: Configuration) -> None:
             np.testing.assert_array_equal(cached.rows[name][0], untouched)
 
 
-@settings(max_examples=4)
+@settings(max_examples=examples(3, 12))
 @given(configuration=configurations())
 def test_a_small_cache_gives_the_bits_of_full_residency(configuration):
     check_twins(configuration)
@@ -147,7 +148,7 @@ def check_against_dicts(configuration: Configuration) -> None:
         np.testing.assert_allclose(found.rows[name][0], list(table.rows.values()), rtol=1e-4, atol=2e-5, err_msg=name)
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(4, 12))
 @given(configuration=plain_configurations())
 def test_a_small_cache_agrees_with_dicts_and_loops_in_double_precision(configuration):
     check_against_dicts(configuration)

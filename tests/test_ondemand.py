@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxcache as jc
+from extent import examples
 from jaxcache.traced_batches import TracedBatch
 from on_demand import check_on_demand, check_residents, renewed
 
@@ -405,7 +406,7 @@ def test_policies_against_dicts_and_loops(policy, spread):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
-@settings(max_examples=2)
+@settings(max_examples=examples(2, 10))
 @given(seed=st.integers(0, 2**16), spread=st.sampled_from([9, 12, ROWS]))
 def test_policies_against_dicts_and_loops_for_long(policy, seed, spread):
     check_against_model(policy, seed, 100, spread)

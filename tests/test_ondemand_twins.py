@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import jaxcache as jc
 import mixed
+from extent import examples, long
 from on_demand import (
     POLICIES,
     check_on_demand,
@@ -149,7 +150,7 @@ def check_run(run: Run, variant: Variant, optimizer: str = "adam") -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.policy)
-@settings(max_examples=4)
+@settings(max_examples=examples(3, 12))
 @given(run=runs(longest=5))
 def test_runs_of_steps_and_scans_give_the_bits_of_full_residency(variant, run):
     check_run(run, variant)
@@ -310,6 +311,7 @@ RICH = Mixed(
 
 
 @pytest.mark.slow
+@long("drawn runs of simpler models")
 def test_a_model_of_every_kind_gives_the_bits_of_full_residency():
     check_mixed(RICH, few_ahead=False)
 

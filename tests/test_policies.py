@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import jaxcache as jc
 import oracle
+from extent import examples
 from jaxcache.batches import Batch
 from jaxcache.features import Features
 from test_shapes import compiling
@@ -57,7 +58,7 @@ def streams(draw):
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 12))
 @given(stream=streams(), flushed=st.sets(st.integers(1, 12)))
 def test_every_policy_gives_the_bits_of_uncached_training(name, optimizer, stream, flushed):
     """Flushed between any steps."""
@@ -180,7 +181,7 @@ def test_the_whole_future_fetches_as_few_rows_as_can_be():
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 12))
 @given(stream=streams())
 def test_with_a_future_the_bits_are_those_of_uncached_training(optimizer, stream):
     batches, slots = stream

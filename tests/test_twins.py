@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxcache as jc
+from extent import examples
 from jaxcache import pipeline
 from training import (
     OPTIMIZERS,
@@ -42,7 +43,7 @@ def streams(draw):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@settings(max_examples=12)
+@settings(max_examples=examples(8, 40))
 @given(stream=streams())
 def test_cached_training_gives_the_bits_of_uncached_training(optimizer, stream):
     batches, slots, window = stream
