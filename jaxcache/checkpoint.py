@@ -208,6 +208,7 @@ class Checkpoint:
         Nothing has changed when one of these is raised.
         """
         store, saved = self.store, SavedTables(folder)
+        store.refuse_restore()  # before everything is read
         saved.check_fits(store)
         store.restore([saved.read_group(rows) for rows in store.groups], saved.step, saved.mark)
         self.loader_state, self._restored = saved.loader_state, saved

@@ -557,20 +557,23 @@ class HostStore:
         """Notes that a cache of on-demand mode may hold newer rows: no pipeline's cache is the newest."""
         self._behind, self.exchanged = True, -1
 
+    def refuse_restore(self) -> None:
+        """Raises RuntimeError while a pipeline has the store open or a snapshot of it is being read."""
+        if self._pipeline is not None:
+            raise RuntimeError(
+                "the store serves an open LookAhead, whose cache would go on with the old rows: restore before its "
+                "`with` block or after it"
+            )
+        if any(group.has_snapshots for group in self.groups):
+            raise RuntimeError("the store is still being saved: wait for that before it is restored")
+
     def restore(self, groups: Sequence[RowStore], step: int, mark: str) -> None:
         """Takes over the rows and scalars of stores of the same groups, as of the snapshot `mark` at `step`.
 
-        Whatever the store held is gone, and caches of it are stale. Raises RuntimeError, with nothing changed, while a
-        pipeline has the store open or a snapshot of it is being read.
+        Whatever the store held is gone, and caches of it are stale. Raises as `refuse_restore`, with nothing changed.
         """
         with self._lock:
-            if self._pipeline is not None:
-                raise RuntimeError(
-                    "the store serves an open LookAhead, whose cache would go on with the old rows: restore before its "
-                    "`with` block or after it"
-                )
-            if any(group.has_snapshots for group in self.groups):
-                raise RuntimeError("the store is still being saved: wait for that before it is restored")
+            self.refuse_restore()
             self.transfers.expire()
             for group, read in zip(self.groups, groups, strict=True):
                 group.replace(read, mark)
