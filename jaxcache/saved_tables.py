@@ -355,7 +355,11 @@ def _known_initializer(description: str) -> Initializer | None:
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes `manifest.json`, with a checksum, as the last file of a checkpoint."""
     text = json.dumps({"crc32": _checksum(manifest), "manifest": manifest}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n")
+    with (folder / MANIFEST).open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        with contextlib.suppress(AttributeError, OSError):  # a file in a bucket has no descriptor
+            os.fsync(file.fileno())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
