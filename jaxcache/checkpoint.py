@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,12 +127,10 @@ class Checkpoint:
         return finish()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """Restores the store. The result is there for Orbax to wait for. Raises as `restore`."""
-        # Here, since Orbax hides what the result raises behind an error of its own about handlers.
-        await asyncio.to_thread(self.restore, directory)
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+        """Reads the checkpoint. The result replaces what the store holds. Raises as `restore`."""
+        # All that may fail is done here: Orbax hides what the result raises behind an error of its own about handlers,
+        # and asks for the result once everything else that is loaded with the tables was found.
+        return _Later(await asyncio.to_thread(self._read, directory))
 
     # What it does
 
@@ -207,11 +205,20 @@ class Checkpoint:
 
         Nothing has changed when one of these is raised.
         """
+        self._read(folder)()
+
+    def _read(self, folder: Any) -> Callable[[], None]:
+        """Reads everything; what it returns replaces what the store holds."""
         store, saved = self.store, SavedTables(folder)
         store.refuse_restore()  # before everything is read
         saved.check_fits(store)
-        store.restore([saved.read_group(rows) for rows in store.groups], saved.step, saved.mark)
-        self.loader_state, self._restored = saved.loader_state, saved
+        groups, loader_state = [saved.read_group(rows) for rows in store.groups], saved.loader_state
+
+        def replace() -> None:
+            store.restore(groups, saved.step, saved.mark)
+            self.loader_state, self._restored = loader_state, saved
+
+        return replace
 
     def cache(
         self,
@@ -254,6 +261,17 @@ class Checkpoint:
             groups.append(dataclasses.replace(state, counts=jnp.asarray(padded_counts)))
         store.loaded = False
         return dataclasses.replace(cache, groups=tuple(groups))
+
+
+class _Later:
+    """Calls a function once it is awaited. Unlike a coroutine it may as well never be."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._function()
+        yield from ()
 
 
 def _check_newest(cache: CacheState, store: HostStore) -> None:
