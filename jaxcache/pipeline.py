@@ -317,8 +317,8 @@ class LookAhead:
         self._trained_state: Any = None  # that behind the batch trained last, as of the latest flush
         self._loader_opened = threading.Event()
         groups = [rows.group for rows in store.groups]
-        self.features = dict(features or {})
         self._features = Features(groups, features)
+        self.features = dict(features or {})
         self._backends = backends
         empty = jax.eval_shape(lambda: empty_cache(store, [0] * len(groups), backends=backends))
         fixed_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))

@@ -1266,7 +1266,7 @@ def test_the_loaders_state_is_that_after_the_batch_trained_last():
 
     states, positions = zip(*trained_states(loader, look), strict=True)
     assert [state["position"] for state in states] == list(range(STEPS + 1))
-    assert max(positions[1:]) == min(positions[1:]) == STEPS  # the loader itself is a window ahead
+    assert positions[1] > 1 and max(positions) == STEPS  # the loader itself is ahead
 
 
 def test_the_loaders_state_is_as_of_the_latest_flush():

@@ -469,12 +469,14 @@ def test_a_loop_that_is_left_while_files_are_written_finishes_the_checkpoint(tmp
             os.kill(os.getpid(), signal.SIGINT if how is KeyboardInterrupt else signal.SIGTERM)
         return cache
 
-    before = signal.signal(signal.SIGTERM, leave)
+    # A process that was started in the background has Ctrl-C switched off.
+    before = signal.signal(signal.SIGTERM, leave), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(how), ocp.training.Checkpointer(tmp_path) as checkpointer:
             train(store, make_loader(), between)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
     assert not any(rows.has_snapshots for rows in store.groups)
     assert_saved(tmp_path, 10, states[10])
 
