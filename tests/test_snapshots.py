@@ -278,7 +278,8 @@ def full_snapshot() -> tuple[Model, Reading]:
     return model, reading
 
 
-def test_a_writer_waits_until_its_rows_are_read():
+def test_a_writer_waits_until_its_rows_are_read(monkeypatch):
+    monkeypatch.setattr("jaxcache.store._POLL_SECONDS", 60)  # it is told, and does not look by itself
     model, reading = full_snapshot()
     writer = Writer(model, [(0, 3), (0, 50)])
     assert writer.waits()
@@ -288,12 +289,13 @@ def test_a_writer_waits_until_its_rows_are_read():
     assert model.store.rows_written == 10  # a write is done as a whole
     reading.read(1)
     assert writer.went_on()
-    assert reading.snapshot.waited >= 0.05
+    assert reading.snapshot.waited >= 0.1
     reading.check()
     assert reading.snapshot.copied_bytes == model.store.row_bytes
 
 
-def test_a_writer_waits_until_the_snapshot_is_closed():
+def test_a_writer_waits_until_the_snapshot_is_closed(monkeypatch):
+    monkeypatch.setattr("jaxcache.store._POLL_SECONDS", 60)
     model, reading = full_snapshot()
     writer = Writer(model, [(0, 3)])
     assert writer.waits()
