@@ -2,8 +2,8 @@
 
 A checkpoint of tables is a folder. `manifest.json`, written last, describes everything in it. Rows lie in *segments*:
 one in a full checkpoint, and one more for each incremental one after it, whose rows take the place of those before. Of
-each table a segment has the ids of its rows, ascending, their weights, and each leaf of their optimizer state. These are
-Zarr 3 arrays, written and read by TensorStore some megabytes at a time, with a checksum of each such chunk.
+each table a segment has the ids of its rows, ascending, their weights, and each leaf of their optimizer state. These
+are Zarr 3 arrays, written and read by TensorStore some megabytes at a time, with a checksum of each such chunk.
 """
 
 from __future__ import annotations

@@ -760,7 +760,7 @@ def test_a_read_or_write_waits_for_the_one_under_way_in_its_group_and_for_no_oth
     for access in (lambda: item.read(keys), lambda: item.write(keys, rows)):
         access()  # what there is to compile is compiled
         thread = threading.Thread(target=access)
-        with item._lock:
+        with item.lock:
             thread.start()
             other = threading.Thread(target=city.read, args=(keys_of(store, [("city", 3)]),))
             other.start()
