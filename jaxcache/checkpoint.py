@@ -79,6 +79,7 @@ class Checkpoint:
 
     Raises:
         TypeError: for something else than a `HostStore`, a `CacheState` and a `LookAhead`.
+        ValueError: for a `LookAhead` of another store.
 
     >>> import optax, tempfile
     >>> from orbax.checkpoint import v1 as ocp
@@ -109,6 +110,10 @@ class Checkpoint:
         ):
             if not isinstance(value, kind) and (value is not None or name == "store"):
                 raise TypeError(f"Checkpoint({name}=...) needs a {kind.__name__}, got {type(value).__name__}")
+        if ahead is not None and ahead.store is not store:
+            raise ValueError(
+                "Checkpoint(store, ahead=...) got a LookAhead of another store: give the store that it has"
+            )
         self.store, self._cache, self._ahead, self._incremental = store, cache, ahead, bool(incremental)
         self.figures: SaveFigures | None = None
         self.loader_state: Any = None

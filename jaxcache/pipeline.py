@@ -240,6 +240,10 @@ class LookAhead:
             thread after each; for checkpoints. By default `get_state()` of the loader's iterator, where it has that,
             as Grain's have.
 
+    Attributes:
+        store: the tables.
+        features: as given.
+
     Raises:
         ValueError: if `slots` or a bound is out of range, if `window` or `future` is given and the policy has a window
             of its own, or if the counts of the policy do not fit the tables.
@@ -310,7 +314,7 @@ class LookAhead:
             raise TypeError('LookAhead(ids=...) needs a function of a batch, such as lambda batch: batch["ids"]')
         if loader_state is not None and not callable(loader_state):
             raise TypeError("LookAhead(loader_state=...) needs a function without arguments")
-        self._store, self._loader, self._ids, self._copy = store, loader, ids, copy
+        self.store, self._loader, self._ids, self._copy = store, loader, ids, copy
         self._get_loader_state = loader_state
         self._loader_states: deque[Any] = deque()  # behind batch `_loader_states_from`, and each that was drawn after
         self._loader_states_from = 0
@@ -366,7 +370,7 @@ class LookAhead:
     def __enter__(self) -> LookAhead:
         if self._entered:
             raise RuntimeError("this LookAhead was used already: make a new one for another pass")
-        self._store.open(self)
+        self.store.open(self)
         self._entered = True
         self._interrupts.install()
         return self
@@ -388,7 +392,7 @@ class LookAhead:
         finally:
             # Also if an impatient second Ctrl-C came in between.
             self._returning.close()
-            self._store.close(self)
+            self.store.close(self)
             self._interrupts.remove()
         if error is None:
             if not self._write_error_seen:
@@ -418,11 +422,11 @@ class LookAhead:
             raise RuntimeError("call start() inside the block: `with LookAhead(...) as ahead: cache = ahead.start()`")
         if self._started:
             raise RuntimeError("start() was called already: train on with the cache that you have")
-        if self._store.unwritten is not None:
+        if self.store.unwritten is not None:
             raise RuntimeError(
                 "victims of an earlier pipeline could not be written home: call flush on that one, which tries again"
-            ) from self._store.unwritten
-        if cache is None and self._store.behind:
+            ) from self.store.unwritten
+        if cache is None and self.store.behind:
             raise RuntimeError(
                 "a cache that was never flushed holds newer rows than the store: "
                 "go on with it, ahead.start(cache), or flush it first"
@@ -435,15 +439,15 @@ class LookAhead:
         # A group that got all its rows in a split fetches those that are used, which may be few of them.
         given = self._capacity.slots is not None and not self._policy.passes
         self._resident = [
-            given and slots == rows.group.rows for slots, rows in zip(self._slots, self._store.groups, strict=True)
+            given and slots == rows.group.rows for slots, rows in zip(self._slots, self.store.groups, strict=True)
         ]
         if cache is None:
-            cache = empty_cache(self._store, self._slots, backends=self._backends)
+            cache = empty_cache(self.store, self._slots, backends=self._backends)
         elif self._backends is not None:
             cache = dataclasses.replace(cache, backends=kernels.choose(self._backends, self._device))
         self._choice = cache.backends
-        self._store.transfers.expire()  # from now on this cache is trained, and no other
-        self._first_step = self._store.exchanged = int(cache.step)
+        self.store.transfers.expire()  # from now on this cache is trained, and no other
+        self._first_step = self.store.exchanged = int(cache.step)
         for report, state in zip(self._report.groups.values(), cache.groups, strict=True):
             report.slots, report.device_bytes = state.slots, state.nbytes
         self._abstract_groups, self._abstract_counters = jax.tree.map(
@@ -482,9 +486,9 @@ class LookAhead:
             batch = self._first_batches[len(unique)]
             if batch is _END:
                 break
-            pairs = zip(batch.lookups, self._store.groups, strict=True)
+            pairs = zip(batch.lookups, self.store.groups, strict=True)
             unique.append([len(np.unique(part.keys(rows.group), return_inverse=True)[0]) for part, rows in pairs])
-        return self._capacity.split(np.array(unique, np.int64).reshape(len(unique), len(self._store.groups)))
+        return self._capacity.split(np.array(unique, np.int64).reshape(len(unique), len(self.store.groups)))
 
     def _next_drawn(self) -> Any:
         """The next batch of the loader, or _END."""
@@ -499,22 +503,22 @@ class LookAhead:
                 f"the cache given to start() has {_counted(cache.slots)} slots, which is more than "
                 f"{self._capacity.asked}: ask for as much as it has, or flush it and start() with none"
             )
-        if cache.on_demand is not None and self._store.behind:
+        if cache.on_demand is not None and self.store.behind:
             raise RuntimeError(
                 "the cache given to start() comes from on-demand mode and holds newer rows than the store: flush it "
                 "first, cache = jc.flush(cache, store), after an update or jc.release(cache)"
             )
-        if cache.on_demand is not None and int(cache.on_demand.admitted) != self._store.transfers.admitted:
+        if cache.on_demand is not None and int(cache.on_demand.admitted) != self.store.transfers.admitted:
             raise ValueError(
                 "the cache given to start() comes from on-demand mode and is not the newest, or rows were loaded "
                 "since: give the newest, or start() with none"
             )
-        if self._store.loaded and cache.on_demand is None:
+        if self.store.loaded and cache.on_demand is None:
             raise ValueError(
                 "rows were loaded into the store since the cache given to start() was filled, which has older ones: "
                 "start() with none"
             )
-        step, newest = int(cache.step), self._store.exchanged
+        step, newest = int(cache.step), self.store.exchanged
         if int(cache.exchanged) != newest:
             raise ValueError(
                 f"the cache given to start() is of step {step} and the newest one "
@@ -526,11 +530,11 @@ class LookAhead:
 
     def _make_planner(self, number: int, state: GroupCache, workers: Workers) -> tuple[Planner, GroupCache]:
         """The planner of a group, and its cache with the rows in it that are to be there before the first batch."""
-        group, slots = self._store.groups[number].group, self._slots[number]
+        group, slots = self.store.groups[number].group, self._slots[number]
         occupied, keys = slot_keys(group, np.array(state.slot_table))
         if self._resident[number]:
             if len(keys) == 0:
-                state = bring_in(state, self._store.groups[number], np.arange(slots, dtype=np.int64), self._choice)
+                state = bring_in(state, self.store.groups[number], np.arange(slots, dtype=np.int64), self._choice)
             elif len(keys) != slots or not (keys == occupied).all():
                 raise ValueError(
                     "start(cache) with every row on the device needs a cache from such a run: flush this one, and "
@@ -539,7 +543,7 @@ class LookAhead:
             return ResidentPlanner(group), state
         if len(keys) == 0:
             warm = self._policy.warm_keys(group, slots)[::-1]  # the hottest is to go last
-            state = bring_in(state, self._store.groups[number], warm, self._choice)
+            state = bring_in(state, self.store.groups[number], warm, self._choice)
             self._report.groups[group.name].rows_warmed = len(warm)
             occupied, keys = slot_keys(group, np.array(state.slot_table))
         # The rows looked up least come first in the order of eviction.
@@ -569,7 +573,7 @@ class LookAhead:
         if self._flushed_before_update:
             # The loop was not left after that flush, so the update that was still to come has been made since.
             self._flushed_before_update = False
-            self._store.mark_behind()
+            self.store.mark_behind()
         ready = self._next_ready()
         if ready is _END:
             raise StopIteration
@@ -797,13 +801,13 @@ class LookAhead:
         copies: list[Rows | None] = [None] * len(rows)
         if (host := _host_memory(self._device)) is not None:
             # Copied while the device goes on, into memory that NumPy reads as it is.
-            for number, store in enumerate(self._store.groups):
+            for number, store in enumerate(self.store.groups):
                 if any(len(moved[number].victims) for moved in planned) and not store.group.frozen:
                     # Where there is none left they are read from the device: the cache was donated, and is not lost.
                     with contextlib.suppress(jax.errors.JaxRuntimeError):
                         copies[number] = jax.device_put(rows[number], host)
         self._current = None
-        self._store.mark_behind()
+        self.store.mark_behind()
         # In this order: if a signal handler of the caller raises between the two, nobody waits for what never comes.
         self._returning.put(_Returning(planned, rows, tuple(copies), record), self._stages["step"])
         with self._progress:
@@ -818,7 +822,7 @@ class LookAhead:
                 self._progress.wait(_POLL_SECONDS)
                 self._interrupts.raise_if_noted()
             self._raise_write_error()
-        newest, found = self._store.exchanged, int(cache.exchanged)  # waits for the step
+        newest, found = self.store.exchanged, int(cache.exchanged)  # waits for the step
         if found != newest:
             raise RuntimeError(_explain_fault(CacheState.NO_FAULT, int(cache.step), found, newest))
         started = time.perf_counter()
@@ -829,7 +833,7 @@ class LookAhead:
             slots = padded(planned.slots[len(planned.slots) - victims :], bound, state.slots)
             rows = self._read_programs[number, bound](state.buffer, slots)
             with self._stages["write-back"].working():
-                self._write_home(self._store.groups[number], planned.victims, rows, slice(0, victims))
+                self._write_home(self.store.groups[number], planned.victims, rows, slice(0, victims))
         with self._stages["collect"].working():
             exchange = collect()
         with self._stages["send"].working():
@@ -876,14 +880,14 @@ class LookAhead:
         self._check_cache(cache, "flush")
         started = time.perf_counter()
         if self._left:
-            self._store.open(self)  # raises if another pipeline has the store now
+            self.store.open(self)  # raises if another pipeline has the store now
         try:
             with self._progress:
                 self._progress.wait_for(lambda: self._landed >= self._exchanged or self._write_error is not None)
-            if self._store.unwritten is not None:
+            if self.store.unwritten is not None:
                 self._write_again()
             faulty = self._write_error if isinstance(self._write_error, _FaultError) else None
-            newest, found = self._store.exchanged, int(cache.exchanged)
+            newest, found = self.store.exchanged, int(cache.exchanged)
             if found != newest:
                 if faulty is not None:
                     self._raise_write_error()
@@ -892,12 +896,12 @@ class LookAhead:
                     "and the train step return, `cache = ...`, and flush that"
                 )
             # A cache that met a fault has kept its last good rows: they are saved before the fault is raised.
-            if self._store.loaded and any(np.asarray(state.dirty).any() for state in cache.groups):
+            if self.store.loaded and any(np.asarray(state.dirty).any() for state in cache.groups):
                 raise RuntimeError(
                     "rows were loaded into the store since this cache was flushed, and it would write its older ones "
                     "over them: start() a new cache, and assign what flush returns, `cache = ahead.flush(cache)`"
                 )
-            for report, written in zip(self._report.groups.values(), write_dirty_rows(cache, self._store), strict=True):
+            for report, written in zip(self._report.groups.values(), write_dirty_rows(cache, self.store), strict=True):
                 report.rows_flushed += written
             self._flushed_before_update = int(cache.step) < found
             trained = max(int(cache.step) - self._first_step, self._loader_states_from)
@@ -910,7 +914,7 @@ class LookAhead:
                 raise faulty
         finally:
             if self._left:
-                self._store.close(self)
+                self.store.close(self)
         self._report.flushes += 1
         self._report.flush_seconds += time.perf_counter() - started
         return cleaned(cache)
@@ -921,7 +925,7 @@ class LookAhead:
             self._landing = self._landing or self._returning.get_rest()
             self._land(self._landing)
             self._landing = None
-        self._store.unwritten, self._write_error_seen = None, True
+        self.store.unwritten, self._write_error_seen = None, True
 
     @staticmethod
     def _write_home(store: RowStore, keys: np.ndarray, rows: Rows, part: slice | np.ndarray) -> None:
@@ -951,7 +955,7 @@ class LookAhead:
             batch = Batch.read(content, self._ids, self._features, hold=False)
             found = [
                 np.unique(part.keys(rows.group), return_inverse=True, return_counts=True)
-                for part, rows in zip(batch.lookups, self._store.groups, strict=True)
+                for part, rows in zip(batch.lookups, self.store.groups, strict=True)
             ]
             shapes.fit(batch, [len(keys) for keys, _, _ in found])
             every = [
@@ -962,7 +966,7 @@ class LookAhead:
             view = CacheState(
                 groups=tuple(
                     _group_view(rows, keys, bound)
-                    for rows, (keys, _, _), bound in zip(self._store.groups, found, shapes.unique_bounds, strict=True)
+                    for rows, (keys, _, _), bound in zip(self.store.groups, found, shapes.unique_bounds, strict=True)
                 ),
                 step=np.array(number, np.int32),
                 exchanged=np.array(number + 1, np.int32),
@@ -1014,7 +1018,7 @@ class LookAhead:
             group.unique_rows += len(planned.unique_slots)
             group.lookup_hits += ready.lookup_hits[number]
             group.rows_fetched += len(planned.fetched)
-            group.rows_written_back += 0 if self._store.groups[number].group.frozen else len(planned.victims)
+            group.rows_written_back += 0 if self.store.groups[number].group.frozen else len(planned.victims)
             group.unique_bound = ready.unique_bounds[number]
         for feature, ignored in ahead.batch.ignored.items():
             report.ignored[feature] = report.ignored.get(feature, 0) + ignored
@@ -1040,7 +1044,7 @@ class LookAhead:
                 "`cache = ahead.exchange(cache, plan)` and `cache, ... = train_step(cache, ...)`"
             )
         found = [(state.group, state.optimizer) for state in cache.groups]
-        expected = [(rows.group, rows.optimizer) for rows in self._store.groups]
+        expected = [(rows.group, rows.optimizer) for rows in self.store.groups]
         slots = self._slots or self._capacity.slots or cache.slots  # any will do if they are still to be split
         if found != expected or cache.slots != slots:
 
@@ -1083,7 +1087,7 @@ class LookAhead:
             with self._progress:
                 if name == "write-back":
                     self._write_error = error
-                    self._store.unwritten = None if isinstance(error, _FaultError) else error
+                    self.store.unwritten = None if isinstance(error, _FaultError) else error
                 elif self._error is None:
                     self._error = error
                 self._progress.notify_all()
@@ -1151,7 +1155,7 @@ class LookAhead:
                         planner.memory = self._remembered
                     planned = tuple(planner.plan() for planner in planners)
                 limited = limited and any(len(part.victims) for part in planned)
-                trained = (not rows.group.frozen for rows in self._store.groups)
+                trained = (not rows.group.frozen for rows in self.store.groups)
                 wait_for = max((part.wait_for for part in itertools.compress(planned, trained)), default=ABSENT)
                 self._planned.put(_Ahead(number, batch, observed, planned, wait_for, window, limited), stage)
                 number += 1
@@ -1310,7 +1314,7 @@ class LookAhead:
         return _Exchange(tuple(groups), np.array(self._first_step + ahead.number, np.int32), tuple(programs))
 
     def _group_exchange(self, number: int, fetched: np.ndarray, slots: np.ndarray, size: int) -> GroupExchange:
-        rows = self._store.groups[number]
+        rows = self.store.groups[number]
         return GroupExchange(
             slots=padded(slots, size, self._slots[number]),
             slot_table=padded(slot_entries(rows.group, fetched), size, GroupCache.FREE),
@@ -1331,18 +1335,18 @@ class LookAhead:
             records = np.asarray(returning.record).reshape(-1, 4)
         made = int(np.minimum.accumulate(records[:, 3]).sum())
         with stage.working():
-            parts = zip(returning.rows, returning.copies, self._store.groups, strict=True)
+            parts = zip(returning.rows, returning.copies, self.store.groups, strict=True)
             for number, (rows, copy, store) in enumerate(parts):
                 victims, places = _victims([planned[number] for planned in returning.planned[:made]])
                 if len(victims) and not store.group.frozen:
                     self._write_home(store, victims, _arrived(rows, copy), places)
         with self._progress:
             self._landed += made
-            self._store.exchanged += made
+            self.store.exchanged += made
             self._progress.notify_all()
         if made < len(records):
             fault, step, exchanged, _ = records[made].tolist()
-            raise _FaultError(_explain_fault(fault, step, exchanged, self._store.exchanged))
+            raise _FaultError(_explain_fault(fault, step, exchanged, self.store.exchanged))
 
 
 class _FaultError(RuntimeError):

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 import jaxcache as jc
 import make_checkpoint_fixture as fixture
 import on_demand
+from extent import long
 from jaxcache import checkpoint_manager, saved_tables, snapshots
 from jaxcache.optimizers import RowOptimizer
 from make_checkpoint_fixture import FIXTURE, fill, hold, make_store
@@ -186,10 +187,10 @@ def runs(draw):
     return found
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "adagrad", "chain")]
+OTHERS = [pytest.param(name, marks=long("two of them")) for name in ("sgd", "momentum", "adagrad", "chain")]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam", *SLOW])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam", *OTHERS])
 @settings(max_examples=4)
 @given(runs=runs())
 def test_a_restored_run_ends_with_the_bits_of_one_that_never_stopped(optimizer, runs, tmp_path_factory):
@@ -689,6 +690,10 @@ def test_wrong_arguments_are_errors(arguments, kind, text):
         jc.Checkpoint(*(argument() if callable(argument) else argument for argument in arguments))
     with pytest.raises(TypeError, match=r"Checkpoint\(ahead=\.\.\.\) needs a LookAhead, got list"):
         jc.Checkpoint(make_store(), ahead=[])
+    with pytest.raises(ValueError, match="a LookAhead of another store"):
+        jc.Checkpoint(
+            filled(), ahead=jc.LookAhead(filled(), [], lambda batch: batch, {"user": 6, "word": 4, "page": 2})
+        )
 
 
 # Restoring a part

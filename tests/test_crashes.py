@@ -33,6 +33,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import jaxcache as jc
+from extent import long
 from jaxcache import checkpoint, saved_tables, snapshots
 
 STEPS = 100
@@ -310,7 +311,7 @@ def kill_often(kills: int, seed: int) -> None:
     print(f"{kills} kills ({said}) of {runs} runs: the bits of one never killed, {time.monotonic() - started:.0f} s")
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(8, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(50, 1, marks=[pytest.mark.slow, long("3 kills")])])
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bits(kills, seed):
     """In a process that has no thread, so that it can be forked; see `kill_often`."""
     output = run_alone(sys.executable, "-W", "error", __file__, str(kills), str(seed))

@@ -35,7 +35,7 @@ def evaluating(every: int, results: list):
     def between(ahead, cache, step):
         if step % every == 0:
             cache, outputs = ahead.evaluate(HELD_OUT, cache, eval_step)
-            jc.check(cache, ahead._store)
+            jc.check(cache, ahead.store)
             results.append([float(output) for output in outputs])
         return cache
 
@@ -62,7 +62,7 @@ def test_evaluation_reads_the_rows_of_that_step():
         for batch, rows in zip(HELD_OUT, outputs, strict=True):
             for name in TABLES:
                 ids = batch["ids"][name]
-                np.testing.assert_array_equal(np.asarray(rows[name])[: len(ids)], ahead._store.rows(name, ids))
+                np.testing.assert_array_equal(np.asarray(rows[name])[: len(ids)], ahead.store.rows(name, ids))
         return cache
 
     train(make_store("adam"), BATCHES[:5], 16, between=between)
@@ -74,8 +74,8 @@ def test_flushing_after_every_step_changes_no_bit_and_leaves_residency():
     def between(ahead, cache, step):
         before = np.array(cache.groups[0].slot_table)
         cache = ahead.flush(cache)
-        jc.check(cache, ahead._store)
-        assert ahead._store.step == step
+        jc.check(cache, ahead.store)
+        assert ahead.store.step == step
         np.testing.assert_array_equal(cache.groups[0].slot_table, before)
         tables.append(before)
         return cache

@@ -209,7 +209,7 @@ def test_calls_out_of_place():
         with pytest.raises(RuntimeError, match="after start"):
             next(ahead)
         with pytest.raises(RuntimeError, match="started pipeline"):
-            ahead.flush(empty_cache(ahead._store, 20))
+            ahead.flush(empty_cache(ahead.store, 20))
         cache = ahead.start()
         with pytest.raises(RuntimeError, match="start\\(\\) was called already"):
             ahead.start()

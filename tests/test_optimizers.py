@@ -15,6 +15,7 @@ from optax import contrib
 
 import jaxcache as jc
 import oracle
+from extent import long
 from jaxcache.rounding import random_words
 from test_rounding import round_by_chance
 
@@ -612,7 +613,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("dim", [1, 4, 130])
+@pytest.mark.parametrize("dim", [4, *(pytest.param(dim, marks=long("rows of 4")) for dim in (1, 130))])
 @pytest.mark.parametrize("make, message", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_treat_rows_apart_is_refused_at_construction(make, message, dim):
     with pytest.raises(ValueError, match=f"(?s){message}"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxcache as jc
 import oracle
-from extent import examples
+from extent import examples, long
 from jaxcache.batches import Batch
 from jaxcache.features import Features
 from test_shapes import compiling
@@ -97,7 +97,7 @@ def test_a_warm_cache_goes_on_under_any_policy(first, second):
     assert second != "no_cache" or warm.report.hit_rate == 0  # what another policy has left there passes through too
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", pytest.param("adam", marks=long("row-wise adagrad"))])
 @pytest.mark.parametrize("name", POLICIES)
 def test_steps_after_the_first_compile_nothing_under_any_policy(name, optimizer):
     batches = make_batches(7, ["distinct", "skewed", "equal", "uniform"] * 5, last=2)

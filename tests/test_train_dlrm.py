@@ -11,6 +11,7 @@ import pytest
 
 import jaxcache as jc
 import train_dlrm
+from extent import long
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "criteo_80k.tsv.gz"
 SMALL = ["--rows", "5000", "--slots", "90%", "--batch-size", "64", "--steps", "12"]
@@ -47,7 +48,7 @@ def uncached_run(optimizer):
     return train_dlrm.main([*small_run(optimizer), "--no-cache"])
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", pytest.param("adam", marks=long("row-wise adagrad"))])
 def test_cached_and_uncached_runs_agree_to_the_last_digit(optimizer):
     cached = train_dlrm.main([*small_run(optimizer), "--slots", "40%", "--window", "3"])
     uncached = uncached_run(optimizer)
@@ -106,9 +107,14 @@ def test_bad_flags_are_one_line(arguments, text, capsys):
     assert text in capsys.readouterr().err.splitlines()[-1]
 
 
+SMALLER, SMALLEST = (
+    pytest.param(slots, batch, marks=long("10 % of the rows")) for slots, batch in (("5%", "256"), ("1.5%", "128"))
+)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real click log is not on this machine")
-@pytest.mark.parametrize(("slots", "batch"), [("10%", "512"), ("5%", "256"), ("1.5%", "128")])
+@pytest.mark.parametrize(("slots", "batch"), [("10%", "512"), SMALLER, SMALLEST])
 def test_auc_on_the_real_log_is_that_without_a_cache(slots, batch):
     arguments = ["--data", str(REAL_DATA), "--batch-size", batch]
     cached = train_dlrm.main([*arguments, "--slots", slots])
