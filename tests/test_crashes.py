@@ -311,7 +311,8 @@ def kill_often(kills: int, seed: int) -> None:
     print(f"{kills} kills ({said}) of {runs} runs: the bits of one never killed, {time.monotonic() - started:.0f} s")
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(50, 1, marks=[pytest.mark.slow, long("3 kills")])])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(50, 1, marks=long("3 kills"))])
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bits(kills, seed):
     """In a process that has no thread, so that it can be forked; see `kill_often`."""
     output = run_alone(sys.executable, "-W", "error", __file__, str(kills), str(seed))
@@ -406,6 +407,7 @@ def fill_disk(root: Path, how: str) -> None:
             assert all(found[name].tobytes() == states[step][name].tobytes() for name in found)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_training_and_earlier_checkpoints(tmp_path):
     alone, how = [], ["limit"]
     if shutil.which("unshare"):

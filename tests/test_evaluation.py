@@ -42,6 +42,7 @@ def evaluating(every: int, results: list):
     return between
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_evaluation_every_7_steps_with_a_window_of_16_changes_no_bit(optimizer):
     cached, uncached = [], []

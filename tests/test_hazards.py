@@ -83,6 +83,7 @@ def test_the_report_names_the_stage_that_bounds_the_run(slow, stage):
     assert report.stages[stage].busy > 0.06 * 10 > fast.report.stages[stage].busy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["read", "write", "loader"])
 def test_collecting_writing_and_loading_overlap_with_the_steps(slow):
     """A part that takes 100 ms a batch, beside steps of 100 ms: one after the other would take twice as long."""

@@ -55,6 +55,7 @@ def test_every_script_of_the_guide_is_tested_here():
     assert list(blocks("train.md")) == ["clicks", "plain", "jax", "linen", "nnx", "blocks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "jax", "linen", "nnx", "blocks"])
 def test_the_scripts_train(name, clicks, capsys):
     scope = run("train.md", name, {"__name__": "script"})

@@ -159,6 +159,7 @@ def summed_gradients_size(problem: Problem) -> np.ndarray:
     return summed_gradients(copy, np.float64)
 
 
+@pytest.mark.slow
 @small
 def test_update_applies_the_optimizer_to_the_unique_rows_alone(case):
     problem = Problem(case)

@@ -398,6 +398,7 @@ def check_against_model(policy: str, seed: int, steps: int, spread: int) -> None
         np.testing.assert_array_equal(found[row], expected, str(row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
 @pytest.mark.parametrize("spread", [12, ROWS])
 def test_policies_against_dicts_and_loops(policy, spread):

@@ -56,6 +56,7 @@ def streams(draw):
     return batches, draw(st.sampled_from([least, least, 20, 33]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=examples(3, 12))

@@ -85,6 +85,7 @@ def test_a_rebuilt_store_or_another_rate_compiles_nothing(first, second, equal):
     assert (results[0].losses == results[1].losses) == equal
 
 
+@pytest.mark.slow
 def test_the_bound_on_unique_rows_grows_by_doubling_and_is_reported():
     random = np.random.default_rng(0)
 

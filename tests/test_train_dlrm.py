@@ -48,6 +48,7 @@ def uncached_run(optimizer):
     return train_dlrm.main([*small_run(optimizer), "--no-cache"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", pytest.param("adam", marks=long("row-wise adagrad"))])
 def test_cached_and_uncached_runs_agree_to_the_last_digit(optimizer):
     cached = train_dlrm.main([*small_run(optimizer), "--slots", "40%", "--window", "3"])

@@ -53,6 +53,7 @@ def test_cached_training_gives_the_bits_of_uncached_training(optimizer, stream):
     cached.assert_same_bits(uncached)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_matches_optax_on_the_touched_rows_of_a_plain_array(optimizer):
     batches = make_batches(5, ["skewed", "uniform", "equal"] * 4, last=3)
