@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxcache.store import RowStore
 
 _BUCKET_BITS = 16  # of keys, which are counted in so many buckets to find out where they are dense
-_SORTED_KEYS = 2**23  # sorted at a time, 64 MiB
+_SORTED_KEYS = 2**22  # sorted at a time, 32 MiB
 
 
 @numba.njit(cache=True)
