@@ -139,7 +139,7 @@ class Snapshot:
         of_buckets, of_tables = np.zeros(1 << _BUCKET_BITS, np.int64), np.zeros(len(self.group.tables), np.int64)
         bases = self.group.bases
         _count(self._cells, bits, self._written, np.uint64(first), np.uint64(shift), bases, of_buckets, of_tables)
-        most, parts = max(_SORTED_KEYS, self._written // 64), list[Part]()
+        most, parts = min(max(_SORTED_KEYS, self._written // 64), 2 * _SORTED_KEYS), list[Part]()
         for bucket in np.flatnonzero(of_buckets).tolist():
             rows, start = int(of_buckets[bucket]), first + (bucket << shift)
             if rows > most and shift >= _BUCKET_BITS:
